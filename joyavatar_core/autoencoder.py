@@ -1,0 +1,289 @@
+"""The light causal autoencoder (TAEHV kind): frame-wise 2-D convolutions joined in time by memory blocks.
+
+One class serves twice: with small widths it is the embedded model's autoencoder, with the published widths and keys
+it is the fast decoder for Wan latents (taew2_1, taew2_2). It streams by nature: a memory block sees its own previous
+input and nothing else of the past, so all memory is one frame per block.
+
+Shape legend: B batch, T pixel frames, F latent frames, C channels, H W pixel size, h w latent size; inside the
+layers time is folded into the batch axis: [(B T), C, H, W].
+
+Causality: three copies of the first pixel frame stand before the clip, so latent 0 holds frame 0 and latent i >= 1
+frames 4i-3 .. 4i. The decoder makes four frames of every latent and the first three are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .types import StreamTensors
+
+TEMPORAL = 4
+_ENCODER_STRIDES = (2, 2, 1)
+_DECODER_STRIDES = (1, 2, 2)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Widths of the light autoencoder; the defaults are those of taew2_1.
+
+    patch: pixel-unshuffle at the input and pixel-shuffle at the output; spatial compression is 8 * patch.
+    latent_mean, latent_std: per channel; empty for models whose latents are normalised already.
+    """
+
+    latent_channels: int = 16
+    patch: int = 1
+    encoder_widths: tuple[int, int, int] = (64, 64, 64)
+    decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
+    encoder_blocks: tuple[int, int, int] = (3, 3, 3)
+    decoder_blocks: tuple[int, int, int] = (3, 3, 3)
+    latent_mean: tuple[float, ...] = ()
+    latent_std: tuple[float, ...] = ()
+
+    @property
+    def spatial(self) -> int:
+        return 8 * self.patch
+
+
+AUTOENCODERS: dict[str, AutoencoderConfig] = {
+    "tiny": AutoencoderConfig(  # the embedded model: 16x16x4
+        patch=2,
+        encoder_widths=(32, 64, 96),
+        decoder_widths=(128, 96, 64, 32),
+        encoder_blocks=(1, 2, 2),
+        decoder_blocks=(1, 3, 3),
+    ),
+    "taew2_1": AutoencoderConfig(),
+    "taew2_2": AutoencoderConfig(latent_channels=48, patch=2),
+}
+
+
+class Clamp(nn.Module):
+    """Soft limit of the latents to [-3, 3]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class MemoryBlock(nn.Module):
+    """Residual block that sees its input and its previous input."""
+
+    def __init__(self, width: int, ops: Any) -> None:
+        super().__init__()
+        conv = ops.Conv2d
+        self.conv = nn.Sequential(
+            conv(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            conv(width, width, 3, padding=1),
+            nn.ReLU(),
+            conv(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, past: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat([x, past], dim=1)) + x)
+
+
+class TemporalPool(nn.Module):
+    """`stride` frames to one by a 1x1 convolution over their channels."""
+
+    def __init__(self, width: int, stride: int, ops: Any) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = ops.Conv2d(width * stride, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(-1, self.stride * x.shape[1], *x.shape[2:]))
+
+
+class TemporalGrow(nn.Module):
+    """One frame to `stride` frames by a 1x1 convolution."""
+
+    def __init__(self, width: int, stride: int, ops: Any) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = ops.Conv2d(width, width * stride, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).reshape(-1, *x.shape[1:])
+
+
+class FoldedGrow(nn.Module):
+    """Upsample (nearest, 2x), TemporalGrow and the 3x3 convolution after it as one convolution on the small picture.
+
+    There is no nonlinearity between the three, so they are one linear map. Seen from the small picture each of the
+    four output phases is a 2x2 kernel: 4/9 of the multiplications, and the large picture is written once.
+    """
+
+    def __init__(self, grow: TemporalGrow, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.stride = grow.stride
+        self.width = conv.out_channels
+        self.register_buffer("weight", _fold(grow, conv), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = F.conv2d(x, self.weight, padding=1)  # [n, 2 2 s m, h + 1, w + 1]
+        y = y.reshape(n, 2, 2, -1, h + 1, w + 1)
+        phases = [y[:, a, b, :, a : a + h, b : b + w] for a in (0, 1) for b in (0, 1)]  # each [n, s m, h, w]
+        y = torch.stack(phases, dim=2).flatten(1, 2)  # channel order (s m) (a b), as pixel_shuffle wants it
+        return F.pixel_shuffle(y, 2).reshape(n * self.stride, self.width, 2 * h, 2 * w)
+
+
+def _fold(grow: TemporalGrow, conv: nn.Conv2d) -> Tensor:
+    """Weight [(2 2 s m), n, 2, 2] of a FoldedGrow; phase (a, b) covers rows i-1+a, i+a and columns j-1+b, j+b."""
+    width = conv.in_channels
+    w_time = grow.conv.weight.detach().double().reshape(grow.stride, width, -1)  # [s, k, n]
+    w_space = conv.weight.detach().double()  # [m, k, 3, 3]
+    w = torch.einsum("mkyx,skn->smnyx", w_space, w_time).flatten(0, 1)  # [(s m), n, 3, 3]
+    rows = {0: ((0,), (1, 2)), 1: ((0, 1), (2,))}  # taps of the 3-kernel that fall on each of the two small rows
+    phases = [
+        torch.stack([torch.stack([w[:, :, ys][..., xs].sum((2, 3)) for xs in rows[b]], -1) for ys in rows[a]], -2)
+        for a in (0, 1)
+        for b in (0, 1)
+    ]
+    return torch.cat(phases).to(conv.weight.dtype).contiguous(memory_format=torch.channels_last)
+
+
+class LightAutoencoder(nn.Module):
+    """Causal autoencoder with streaming encode and decode. Parameter names are TAEHV's.
+
+    Args:
+        config: widths; see AutoencoderConfig.
+        ops: namespace of layer classes (torch.nn, or the host's).
+    """
+
+    def __init__(self, config: AutoencoderConfig, ops: Any = nn) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Sequential(*_encoder_layers(config, ops))
+        self.decoder = nn.Sequential(*_decoder_layers(config, ops))
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def spatial(self) -> int:
+        return self.config.spatial
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [B, 3, T, H, W] in [-1, 1], T = 1 + 4 (F - 1) -> latents [B, C, F, h, w], normalised."""
+        return self.encode_stream(video, None)[0]
+
+    def encode_stream(self, video: Tensor, state: StreamTensors | None) -> tuple[Tensor, StreamTensors]:
+        """Encode the next pixel frames: 1 + 4 k of them at the start (state None), 4 k later."""
+        frames = video.shape[2]
+        if (frames - (state is None)) % TEMPORAL or frames == 0:
+            raise ValueError(f"{frames} pixel frames: the first piece must hold 1 + 4 k frames, later ones 4 k")
+        if state is None:
+            video = torch.cat([video[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), video], dim=2)
+        x = F.pixel_unshuffle(_fold_time((video + 1) / 2), self.config.patch)
+        x, state = _run(self.encoder, x, video.shape[0], state)
+        return self._normalise(_unfold_time(x, video.shape[0])), state
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, F, h, w] -> video [B, 3, 1 + 4 (F - 1), H, W] in [-1, 1]."""
+        return self.decode_stream(latents, None)[0]
+
+    def decode_stream(self, latents: Tensor, state: StreamTensors | None) -> tuple[Tensor, StreamTensors]:
+        """Decode the next latents, any number of them; state None at the start of a stream.
+
+        Returns the pixel frames [B, 3, T, H, W] (T = 4 F, three fewer at the start) and the state to pass next.
+        """
+        start = state is None
+        x, state = _run(self.decoder, _fold_time(self._denormalise(latents)), latents.shape[0], state)
+        video = _unfold_time(F.pixel_shuffle(x, self.config.patch), latents.shape[0])
+        return (video[:, :, TEMPORAL - 1 :] if start else video).clamp(0, 1) * 2 - 1, state
+
+    def folded(self) -> LightAutoencoder:
+        """The same autoencoder with a faster decoder, for inference only: equal up to rounding, not to be saved."""
+        other = LightAutoencoder.__new__(LightAutoencoder)
+        nn.Module.__init__(other)
+        other.config, other.encoder = self.config, self.encoder
+        other.decoder = nn.Sequential(*_fold_layers(list(self.decoder)))
+        return other.eval()
+
+    def _normalise(self, latents: Tensor) -> Tensor:
+        if not self.config.latent_mean:
+            return latents
+        return (latents - _channels(self.config.latent_mean, latents)) / _channels(self.config.latent_std, latents)
+
+    def _denormalise(self, latents: Tensor) -> Tensor:
+        if not self.config.latent_mean:
+            return latents
+        return latents * _channels(self.config.latent_std, latents) + _channels(self.config.latent_mean, latents)
+
+
+def _encoder_layers(config: AutoencoderConfig, ops: Any) -> Iterable[nn.Module]:
+    width = config.encoder_widths[0]
+    yield ops.Conv2d(3 * config.patch**2, width, 3, padding=1)
+    yield nn.ReLU()
+    for level, stride in enumerate(_ENCODER_STRIDES):
+        yield TemporalPool(width, stride, ops)
+        yield ops.Conv2d(width, config.encoder_widths[level], 3, stride=2, padding=1, bias=False)
+        width = config.encoder_widths[level]
+        for _ in range(config.encoder_blocks[level]):
+            yield MemoryBlock(width, ops)
+    yield ops.Conv2d(width, config.latent_channels, 3, padding=1)
+
+
+def _decoder_layers(config: AutoencoderConfig, ops: Any) -> Iterable[nn.Module]:
+    widths = config.decoder_widths
+    yield Clamp()
+    yield ops.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+    yield nn.ReLU()
+    for level, stride in enumerate(_DECODER_STRIDES):
+        for _ in range(config.decoder_blocks[level]):
+            yield MemoryBlock(widths[level], ops)
+        yield nn.Upsample(scale_factor=2)
+        yield TemporalGrow(widths[level], stride, ops)
+        yield ops.Conv2d(widths[level], widths[level + 1], 3, padding=1, bias=False)
+    yield nn.ReLU()
+    yield ops.Conv2d(widths[3], 3 * config.patch**2, 3, padding=1)
+
+
+def _fold_layers(layers: list[nn.Module]) -> Iterable[nn.Module]:
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, nn.Upsample):
+            grow, conv = layers.pop(0), layers.pop(0)
+            assert isinstance(grow, TemporalGrow) and isinstance(conv, nn.Conv2d)
+            layer = FoldedGrow(grow, conv)
+        yield layer
+
+
+def _run(
+    layers: nn.Sequential, x: Tensor, batch: int, state: StreamTensors | None
+) -> tuple[Tensor, StreamTensors]:
+    """Run [(B T), C, H, W] through the layers; `state` holds the last input of each memory block, by its place."""
+    blocks = [layer for layer in layers if isinstance(layer, MemoryBlock)]
+    names = {layer: f"memory.{i}" for i, layer in enumerate(blocks)}
+    after: StreamTensors = {}
+    x = x.contiguous(memory_format=torch.channels_last)
+    for layer in layers:
+        if isinstance(layer, MemoryBlock):
+            name = names[layer]
+            frames = x.unflatten(0, (batch, -1))
+            first = torch.zeros_like(frames[:, :1]) if state is None else state[name]
+            after[name] = frames[:, -1:].clone()
+            x = layer(x, torch.cat([first, frames[:, :-1]], dim=1).flatten(0, 1))
+        else:
+            x = layer(x)
+    return x, after
+
+
+def _fold_time(video: Tensor) -> Tensor:
+    return video.transpose(1, 2).flatten(0, 1)
+
+
+def _unfold_time(frames: Tensor, batch: int) -> Tensor:
+    return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)

@@ -1,0 +1,78 @@
+"""The reference picture as the model sees it: image-to-video channels and, for the embedded model, image tokens.
+
+Wan2.1 I2V concatenates [mask 4 | image latents] to the noisy latents: the mask is one for pixel frame 0, the image
+latents encode [picture, grey, grey, ...]. The causal autoencoder forgets the picture after a while: the encoding of
+such a clip is exactly constant from some latent on (29 for Wan2.1), so an endless clip encodes the first latents once
+and reuses the last.
+
+Shape legend: B batch, C latent channels, n latent frames, h w latent size, H W pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .types import VideoAutoencoder
+
+SETTLED_LATENTS = 30
+
+
+@dataclass(frozen=True)
+class ImageChannels:
+    """Mask and image channels of a stream of any length: [B, 4 + C, n, h, w], the last one repeated for ever."""
+
+    channels: Tensor
+
+    def at(self, latents: Sequence[int]) -> Tensor:
+        """Channels of the given latent frames: [B, 4 + C, len(latents), h, w]."""
+        last = self.channels.shape[2] - 1
+        return self.channels[:, :, [min(i, last) for i in latents]]
+
+    @property
+    def picture(self) -> Tensor:
+        """Latent of the picture itself, [B, C, h, w]."""
+        return self.channels[:, 4:, 0]
+
+
+def image_channels(
+    autoencoder: VideoAutoencoder, picture: Tensor, temporal: int = 4, latents: int = SETTLED_LATENTS
+) -> ImageChannels:
+    """Encode a picture [B, 3, H, W] in [-1, 1] into image-to-video channels."""
+    batch, _, height, width = picture.shape
+    clip = picture.new_zeros(batch, 3, 1 + temporal * (latents - 1), height, width)
+    clip[:, :, 0] = picture
+    encoded = autoencoder.encode(clip)  # [B, C, n, h, w]
+    mask = encoded.new_zeros(batch, temporal, *encoded.shape[2:])
+    mask[:, :, 0] = 1
+    return ImageChannels(torch.cat([mask, encoded], dim=1))
+
+
+def reference_tokens(latent: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Image tokens of the embedded model: the picture's latent in patches, with a sine-cosine place.
+
+    latent [B, C, h, w] -> [B, (h / p)(w / q), p q C]; stands where Wan2.1 I2V has CLIP-vision tokens.
+    """
+    p, q = patch
+    x = latent.unflatten(2, (-1, p)).unflatten(4, (-1, q))  # [B, C, rows, p, columns, q]
+    x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # [B, rows, columns, (p q C)]
+    rows, columns, dim = x.shape[1:]
+    place = torch.cat(
+        [
+            _sine_cosine(rows, dim // 2)[:, None].expand(-1, columns, -1),
+            _sine_cosine(columns, dim - dim // 2)[None].expand(rows, -1, -1),
+        ],
+        dim=-1,
+    )
+    return (x + place.to(x)).flatten(1, 2)
+
+
+def _sine_cosine(length: int, dim: int) -> Tensor:
+    """[length, dim]: places in [0, 1] so that a token means the same spot at every picture size."""
+    place = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    frequency = 2.0 ** torch.linspace(0, 6, dim // 2, dtype=torch.float64)
+    angles = torch.outer(place, frequency) * torch.pi
+    return torch.cat([angles.sin(), angles.cos(), torch.zeros(length, dim % 2, dtype=torch.float64)], dim=-1)

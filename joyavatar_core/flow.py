@@ -1,0 +1,51 @@
+"""Flow matching: the only file that knows sigma (engine note section 2; Wan2.1 and Self-Forcing share these formulas).
+
+sigma = timestep / 1000; x_t = (1 - sigma) x0 + sigma noise; velocity = noise - x0.
+
+Shape legend: x [B, C, F, h, w], timesteps [F] or [B, F] on the 1000 .. 0 scale after the warp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def warp(timestep: float, shift: float) -> float:
+    """Timestep the model sees for a schedule index (both 1000 .. 0): 1000 s u / (1 + (s - 1) u), u = timestep / 1000."""
+    u = timestep / 1000
+    return 1000 * shift * u / (1 + (shift - 1) * u)
+
+
+def per_latent(values: Sequence[float], repeats: int, like: Tensor) -> Tensor:
+    """One value per block -> one per latent frame: [F], float32 (float64 beside float64 latents)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.tensor(values, dtype=dtype, device=like.device).repeat_interleave(repeats)
+
+
+def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """x_t from clean latents and noise."""
+    sigma = _sigma(timesteps, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def velocity(x0: Tensor, noise: Tensor) -> Tensor:
+    """What the model is trained to predict."""
+    return noise - x0
+
+
+def to_x0(x_t: Tensor, v: Tensor, timesteps: Tensor) -> Tensor:
+    """Clean latents implied by a predicted velocity."""
+    return x_t - _sigma(timesteps, x_t) * v.to(x_t.dtype)
+
+
+def euler_step(x_t: Tensor, v: Tensor, timesteps: Tensor, next_timesteps: Tensor) -> Tensor:
+    """x at the next timestep along the velocity."""
+    return x_t + (_sigma(next_timesteps, x_t) - _sigma(timesteps, x_t)) * v.to(x_t.dtype)
+
+
+def _sigma(timesteps: Tensor, like: Tensor) -> Tensor:
+    """[B or 1, 1, F, 1, 1] in the dtype of `like`."""
+    return (timesteps / 1000).to(like.dtype).reshape(-1, 1, timesteps.shape[-1], 1, 1)

@@ -1,0 +1,386 @@
+"""The transformer: Wan2.1's, with per-latent timesteps, audio and face cross-attention, and a cache passed in.
+
+Parameter names are Wan2.1's (825 tensors for text to video at 1.3B, 983 for image to video), FantasyTalking's for
+audio (`proj_model`, `cross_attn.processor`) and Lynx's for the face (`to_k_ip`, `to_v_ip`); docs/key_names.md lists them.
+
+Shape legend: B batch, C channels, F latent frames of the window (motion frame included), h w latent size,
+P tokens of a latent frame, L = F * P, W audio tokens of a latent frame, D dim, heads, head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionFn, sdpa
+from .cache import KV
+from .config import ModelConfig
+from .projectors import AudioTokenProjector, AudioWindowProjector, FaceResampler, ImageProjector
+from .rope import rotary_table, rotate
+
+
+@dataclass(frozen=True)
+class ConditionKV:
+    """Keys and values of what never changes in a stream, one entry per layer; None where the model has no branch."""
+
+    text: tuple[KV, ...] | None = None
+    image: tuple[KV, ...] | None = None
+    face: tuple[KV, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AudioKV:
+    """Audio keys and values of some latent frames: per layer [B, F, W, heads, head_dim]; valid [F, W], None: all."""
+
+    layers: tuple[KV, ...]
+    valid: Tensor | None = None
+
+    def select(self, frames: slice) -> AudioKV:
+        """The same for a slice of the latent frames."""
+        valid = None if self.valid is None else self.valid[frames]
+        return AudioKV(tuple((k[:, frames], v[:, frames]) for k, v in self.layers), valid)
+
+    @staticmethod
+    def join(parts: Sequence[AudioKV]) -> AudioKV:
+        """Consecutive latent frames as one."""
+        layers = tuple(
+            (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))
+            for layer in zip(*(p.layers for p in parts), strict=True)
+        )
+        valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
+        return AudioKV(layers, valid)
+
+
+class Context(Protocol):
+    """What the window may see of the past; KVCache is one."""
+
+    def context(self, layer: int) -> KV:
+        """Keys before RoPE and values, [B, L, heads, head_dim]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Past:
+    """A context and the temporal RoPE index of each of its latent frames, in its order."""
+
+    context: Context
+    positions: tuple[int, ...]
+
+
+class SelfAttention(nn.Module):
+    """Window attends to [past, window]; keys leave before rotation so that they can be cached."""
+
+    def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads, self.attention = config.heads, attention
+        self.q, self.k, self.v, self.o = (ops.Linear(dim, dim) for _ in range(4))
+        self.norm_q = ops.RMSNorm(dim, eps=config.eps)
+        self.norm_k = ops.RMSNorm(dim, eps=config.eps)
+
+    def forward(self, x: Tensor, table: Table, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
+        """x [B, L, D]; table rotates the window, and past keys where there are any -> output, (keys, values)."""
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
+        )
+        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
+        out = self.attention(rotate(q, table.window), rotate(keys, table.all), values, mask)
+        return self.o(out.flatten(-2)), (k, v)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rotation of the window, and of the past followed by the window."""
+
+    window: tuple[Tensor, Tensor]
+    all: tuple[Tensor, Tensor]
+
+
+class AudioProcessor(nn.Module):
+    """Audio keys and values of a block (FantasyTalking's names)."""
+
+    def __init__(self, width: int, dim: int, ops: Any) -> None:
+        super().__init__()
+        self.k_proj = ops.Linear(width, dim, bias=False)
+        self.v_proj = ops.Linear(width, dim, bias=False)
+
+
+class CrossAttention(nn.Module):
+    """out = o(text + image + audio_scale * audio + face_scale * face), each an attention of the same queries."""
+
+    def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.eps
+        self.heads, self.attention = config.heads, attention
+        self.audio_scale = config.audio.scale if config.audio else 0.0
+        self.face_scale = config.face.scale if config.face else 0.0
+        self.q, self.o = ops.Linear(dim, dim), ops.Linear(dim, dim)
+        self.norm_q = ops.RMSNorm(dim, eps=eps)
+        if config.text_dim:
+            self.k, self.v = ops.Linear(dim, dim), ops.Linear(dim, dim)
+            self.norm_k = ops.RMSNorm(dim, eps=eps)
+        if config.image_dim:
+            self.k_img, self.v_img = ops.Linear(dim, dim), ops.Linear(dim, dim)
+            self.norm_k_img = ops.RMSNorm(dim, eps=eps)
+        if config.audio:
+            self.processor = AudioProcessor(config.audio.width, dim, ops)
+        if config.face:
+            self.to_k_ip = ops.Linear(config.face.width, dim, bias=False)
+            self.to_v_ip = ops.Linear(config.face.width, dim, bias=False)
+
+    def text_kv(self, tokens: Tensor) -> KV:
+        return self._heads(self.norm_k(self.k(tokens))), self._heads(self.v(tokens))
+
+    def image_kv(self, tokens: Tensor) -> KV:
+        return self._heads(self.norm_k_img(self.k_img(tokens))), self._heads(self.v_img(tokens))
+
+    def face_kv(self, tokens: Tensor) -> KV:
+        return self._heads(self.to_k_ip(tokens)), self._heads(self.to_v_ip(tokens))
+
+    def audio_kv(self, tokens: Tensor) -> KV:
+        return self._heads(self.processor.k_proj(tokens)), self._heads(self.processor.v_proj(tokens))
+
+    def forward(
+        self, x: Tensor, frames: int, condition: Sequence[KV | None], audio: KV | None, valid: Tensor | None
+    ) -> Tensor:
+        """x [B, L, D]; condition: (text, image, face); audio per latent frame, valid [F, W]."""
+        q = self._heads(self.norm_q(self.q(x)))
+        text, image, face = condition
+        out = sum(self.attention(q, *kv, None) for kv in (text, image) if kv is not None)
+        if audio is not None:
+            out = out + self.audio_scale * self._attend_audio(q, frames, audio, valid)
+        if face is not None:
+            out = out + self.face_scale * self.attention(q, *face, None)
+        assert isinstance(out, Tensor), "a model needs at least one of text, image, audio and face"
+        return self.o(out.flatten(-2))
+
+    def _attend_audio(self, q: Tensor, frames: int, audio: KV, valid: Tensor | None) -> Tensor:
+        """Each latent frame attends to its own audio tokens: the batch is B * F."""
+        batch = q.shape[0]
+        q = q.unflatten(1, (frames, -1)).flatten(0, 1)
+        k, v = (t.flatten(0, 1) for t in audio)
+        mask = None if valid is None else valid.repeat(batch, 1)[:, None, None]
+        return self.attention(q, k, v, mask).unflatten(0, (batch, frames)).flatten(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """One transformer block: modulated self-attention, cross-attention, modulated feed-forward."""
+
+    def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.self_attn = SelfAttention(config, ops, attention)
+        self.norm3 = ops.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config, ops, attention)
+        self.ffn = nn.Sequential(
+            ops.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), ops.Linear(config.ffn_dim, config.dim)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        table: Table,
+        past: KV | None,
+        mask: Tensor | None,
+        condition: Sequence[KV | None],
+        audio: KV | None,
+        valid: Tensor | None,
+    ) -> tuple[Tensor, KV]:
+        """x [B, L, D], time [B, F, 6, D] in float32 -> x, (keys before RoPE, values)."""
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation(self.modulation, time, x)
+        frames = time.shape[1]
+        y, kv = self.self_attn(_modulate(x, shift_sa, scale_sa, self.eps), table, past, mask)
+        x = _gated(x, y, gate_sa)
+        x = x + self.cross_attn(self.norm3(x), frames, condition, audio, valid)
+        return _gated(x, self.ffn(_modulate(x, shift_ff, scale_ff, self.eps)), gate_ff), kv
+
+
+class Head(nn.Module):
+    """Modulated linear head to the patch."""
+
+    def __init__(self, config: ModelConfig, ops: Any) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.head = ops.Linear(config.dim, math.prod(config.patch) * config.out_channels)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x [B, L, D], time [B, F, D] -> [B, L, patch * channels]."""
+        shift, scale = modulation(self.modulation, time.unsqueeze(2), x)
+        return self.head(_modulate(x, shift, scale, self.eps))
+
+
+class JoyAvatarDiT(nn.Module):
+    """The generator of JoyAvatar-Flash; with other sizes and inputs also its teacher, real score and fake score.
+
+    Args:
+        config: sizes; MODELS has the presets.
+        ops: namespace of layer classes (torch.nn, or the host's for offloading and fp8).
+        attention: see attention.AttentionFn.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Any = nn, attention: AttentionFn = sdpa) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, (1, *config.patch)
+        self.patch_embedding = ops.Conv3d(config.in_channels, dim, patch, stride=patch)
+        if config.text_dim:
+            self.text_embedding = nn.Sequential(
+                ops.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), ops.Linear(dim, dim)
+            )
+        self.time_embedding = nn.Sequential(ops.Linear(config.freq_dim, dim), nn.SiLU(), ops.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), ops.Linear(dim, 6 * dim))
+        if config.image_dim:
+            self.img_emb = ImageProjector(config.image_dim, dim, ops)
+        if config.audio:
+            projector = AudioTokenProjector if config.audio.kind == "tokens" else AudioWindowProjector
+            self.proj_model = projector(config.audio, ops)
+        if config.face:
+            self.face_proj = FaceResampler(config.face, ops, attention)
+        self.blocks = nn.ModuleList(Block(config, ops, attention) for _ in range(config.layers))
+        self.head = Head(config, ops)
+
+    def condition(
+        self, text: Tensor | None = None, image: Tensor | None = None, face: Tensor | None = None
+    ) -> ConditionKV:
+        """Keys and values of what does not change: computed once per stream.
+
+        Args:
+            text: [B, L, text_dim], padded with zeros to text_len here (all positions are attended, as in Wan2.1).
+            image: [B, L, image_dim] image tokens (CLIP-vision: 257 of 1280).
+            face: [B, features] face embedding.
+        """
+        attend = [b.cross_attn for b in self.blocks]
+        parts: dict[str, tuple[KV, ...]] = {}
+        if self.config.text_dim:
+            tokens = self.text_embedding(_padded(_given("text", text), self.config.text_len))
+            parts["text"] = tuple(a.text_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+        if self.config.image_dim:
+            tokens = self.img_emb(_given("image", image))
+            parts["image"] = tuple(a.image_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+        if self.config.face and face is not None:
+            tokens = self.face_proj(face)
+            parts["face"] = tuple(a.face_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+        return ConditionKV(**parts)
+
+    def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
+        """Front-end tokens [B, F, W, C], valid [F, W] -> keys and values: computed once per block."""
+        projected = self.proj_model(tokens)
+        if self.config.audio and self.config.audio.kind == "window":
+            valid = None  # the projector has mixed the tokens
+        layers = tuple(b.cross_attn.audio_kv(projected) for b in self.blocks)  # pyright: ignore[reportCallIssue]
+        return AudioKV(layers, valid)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        positions: Sequence[int],
+        condition: ConditionKV,
+        audio: AudioKV | None = None,
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV]]:
+        """Velocity of a window of latents.
+
+        Args:
+            x: [B, in_channels, F, h, w] noisy latents (and mask and image channels).
+            timesteps: [B, F] or [F], 0 .. 1000, after the warp.
+            positions: temporal RoPE index of each latent frame.
+            condition, audio: from `condition` and `audio`.
+            past: finished blocks the window may see.
+            mask: optional boolean [L, past + L] (True: may attend), for training.
+
+        Returns:
+            velocity [B, out_channels, F, h, w] in the dtype of x, and the window's keys before RoPE and values.
+        """
+        batch, _, frames, h, w = x.shape
+        assert len(positions) == frames == timesteps.shape[-1], (len(positions), frames, timesteps.shape)
+        dtype = self.time_embedding[0].bias.dtype if self.config.dim else x.dtype
+        tokens = self._embed(x)
+        time = self._time(timesteps.expand(batch, frames), tokens.dtype)  # [B, F, D]
+        levels = self.time_projection(time.to(dtype)).unflatten(-1, (6, -1))
+        table = self._table(tuple(positions), past, (h, w), tokens)
+        kvs: list[KV] = []
+        for i, block in enumerate(self.blocks):
+            tokens, kv = block(
+                tokens,
+                levels,
+                table,
+                past.context.context(i) if past else None,
+                mask,
+                [kv and kv[i] for kv in (condition.text, condition.image, condition.face)],
+                audio and audio.layers[i],
+                audio and audio.valid,
+            )
+            kvs.append(kv)
+        return self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype), kvs
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """[B, C, F, h, w] -> [B, L, D]"""
+        return self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+
+    def _time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, F] -> time embedding [B, F, D]"""
+        half = self.config.freq_dim // 2
+        frequency = torch.exp(
+            -math.log(10000) * torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
+        )
+        angles = timesteps.double()[..., None] * frequency
+        return self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+    def _table(self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], like: Tensor) -> Table:
+        grid = (size[0] // self.config.patch[0], size[1] // self.config.patch[1])
+        before = past.positions if past else ()
+        cos, sin = rotary_table((*before, *positions), grid, self.config.head_dim, like.dtype, like.device)
+        start = len(before) * math.prod(grid)
+        return Table((cos[start:], sin[start:]), (cos, sin))
+
+    def _unpatchify(self, x: Tensor, frames: int, h: int, w: int) -> Tensor:
+        """[B, L, (p q c)] -> [B, C, F, h, w]"""
+        p, q = self.config.patch
+        x = x.unflatten(1, (frames, h // p, w // q)).unflatten(-1, (p, q, -1))  # [B, F, rows, cols, p, q, C]
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def modulation(table: Tensor, time: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Learned table [1, n, D] + time [B, F, n or 1, D], summed in float32 -> n tensors [B, F, 1, D]."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    levels = (table.to(time.device, wide).unsqueeze(1) + time.to(wide)).to(like.dtype)
+    return tuple(level.unsqueeze(2) for level in levels.unbind(2))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, then per-latent scale and shift. x [B, L, D], shift and scale [B, F, 1, D]."""
+    frames = shift.shape[1]
+    y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (frames, -1))
+    return torch.addcmul(shift, y, 1 + scale).flatten(1, 2)
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + gate * y per latent frame."""
+    frames = gate.shape[1]
+    return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+
+
+def _padded(text: Tensor, length: int) -> Tensor:
+    if text.shape[1] > length:
+        raise ValueError(f"text of {text.shape[1]} tokens: the model takes at most {length}; shorten the prompt")
+    return F.pad(text, (0, 0, 0, length - text.shape[1]))
+
+
+def _given(name: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError(f"this model needs {name} tokens and got none; connect the {name} encoder")
+    return value

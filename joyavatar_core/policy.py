@@ -1,0 +1,163 @@
+"""How a rollout is run: a frozen set of orthogonal options, and the published systems as presets of it.
+
+JoyAvatar-Flash (2512.11423 section 3), Rolling-Forcing, Self-Forcing and Live Avatar differ in these values, not in
+code. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from . import schedule
+from .schedule import DenoiseStep
+
+Update = Literal["renoise", "euler"]
+KVLevel = Literal["last_step", "clean", "per_step"]
+SinkPosition = Literal["adjacent", "absolute"]
+
+
+@dataclass(frozen=True)
+class RolloutPolicy:
+    """Options of a rollout.
+
+    timesteps: main steps on the 1000 .. 0 scale, before the warp.
+    shift: the warp of the flow schedule (flow.warp); 1 leaves timesteps as they are (explicit lists).
+    bootstrap: PSB: windows (or, one block at a time, blocks) whose main steps are followed by a sub-step.
+    block_latents: latent frames in a block.
+    window_blocks: 1, or len(timesteps) for a rolling window.
+    update: "renoise" draws fresh noise to the next level (consistency sampler); "euler" follows the velocity.
+    kv_level: noise level at which keys and values enter the cache: "last_step" keeps those of the block's final
+        denoising forward (no extra pass), "clean" runs the finished block once more at timestep 0, "per_step" keeps
+        one cache per step (needs window_blocks 1).
+    sink_blocks: first blocks that stay in the cache for ever.
+    local_blocks: most recent finished blocks kept beside the sink.
+    sink_position: "adjacent" puts the sink right before the local blocks (relative, URCR); "absolute" leaves it at
+        its own index (the paper's ablation without URCR).
+    rope_limit: URCR's N: temporal indices stay below it; None lets them grow.
+    motion_frame: MCI: prepend the last finished latent, noised to the level of the window's first block.
+    """
+
+    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    bootstrap: int = 4
+    block_latents: int = 3
+    window_blocks: int = 4
+    update: Update = "renoise"
+    kv_level: KVLevel = "last_step"
+    sink_blocks: int = 1
+    local_blocks: int = 4
+    sink_position: SinkPosition = "adjacent"
+    rope_limit: int | None = 27
+    motion_frame: bool = True
+
+    def __post_init__(self) -> None:
+        for problem in _problems(self):
+            raise ValueError(problem)
+
+    @property
+    def context_blocks(self) -> int:
+        """Blocks the cache can hold."""
+        return self.sink_blocks + self.local_blocks
+
+    @property
+    def span_latents(self) -> int:
+        """Latents a full forward can see: sink, local blocks and window (27 for JoyAvatar-Flash)."""
+        return (self.context_blocks + self.window_blocks) * self.block_latents
+
+    @property
+    def lead_blocks(self) -> int:
+        """Blocks that enter the window before the first one leaves it: the look-ahead of live audio."""
+        return self.window_blocks - 1
+
+    def window_steps(self, window: int, num_blocks: int | None = None) -> tuple[DenoiseStep, ...]:
+        """Steps of one window; empty past the end of the clip."""
+        make = schedule.blockwise_window if self.window_blocks == 1 else schedule.rolling_window
+        return make(self.timesteps, self.bootstrap, window, num_blocks)
+
+    def num_windows(self, num_blocks: int) -> int:
+        """Windows until `num_blocks` blocks are clean."""
+        return schedule.num_windows(self.window_blocks, num_blocks)
+
+    def first_block(self, window: int) -> int:
+        """Oldest block of a window: the number of blocks finished, and committed, before it."""
+        return max(0, window - self.window_blocks + 1)
+
+    def window_start(self, finished: int) -> int:
+        """RoPE index of the window's first latent after `finished` blocks (URCR, engine note 5.1).
+
+        The index grows by a block per finished block. When the window would end beyond rope_limit it falls back to
+        where the sink has index 0; since only differences of indices reach the attention, nothing else changes.
+        """
+        excess = finished - self.context_blocks
+        if self.rope_limit is None or excess <= 0:
+            return finished * self.block_latents
+        period = (self.rope_limit - self.span_latents) // self.block_latents + 1
+        return (self.context_blocks + excess % period) * self.block_latents
+
+    def context_start(self, block: int, finished: int) -> int:
+        """RoPE index of the first latent of a cached block, beside a window that starts after `finished` blocks."""
+        start = self.window_start(finished)
+        if block >= self.sink_blocks:
+            return start - (finished - block) * self.block_latents
+        if self.sink_position == "absolute":
+            return block * self.block_latents
+        local = min(self.local_blocks, max(0, finished - self.sink_blocks))
+        sink = min(self.sink_blocks, finished)
+        return start - (local + sink - block) * self.block_latents
+
+
+def _problems(p: RolloutPolicy) -> list[str]:
+    """What is wrong with a policy, in words; empty when it can run."""
+    found = []
+    steps = p.timesteps
+    if not steps or any(not 0 < t <= 1000 for t in steps) or list(steps) != sorted(set(steps), reverse=True):
+        found.append(f"timesteps {steps}: give a descending list of values in (0, 1000]")
+    if p.window_blocks not in (1, len(steps)):
+        found.append(f"window_blocks {p.window_blocks}: must be 1 or the number of timesteps ({len(steps)})")
+    if p.kv_level == "per_step" and (p.window_blocks != 1 or p.bootstrap):
+        found.append("kv_level per_step: needs window_blocks 1 and bootstrap 0")
+    if min(p.sink_blocks, p.local_blocks, p.bootstrap) < 0 or p.block_latents < 1 or p.shift <= 0:
+        found.append("sink_blocks, local_blocks and bootstrap must be >= 0, block_latents >= 1 and shift > 0")
+    if p.update not in ("renoise", "euler") or p.kv_level not in ("last_step", "clean", "per_step"):
+        found.append(f"update {p.update!r} or kv_level {p.kv_level!r} is not known")
+    if p.sink_position not in ("adjacent", "absolute"):
+        found.append(f"sink_position {p.sink_position!r}: use adjacent or absolute")
+    if p.rope_limit is not None and not p.span_latents <= p.rope_limit:
+        found.append(f"rope_limit {p.rope_limit}: must be at least {p.span_latents}, the latents one forward can see")
+    return found
+
+
+_FLASH = RolloutPolicy()
+POLICIES: dict[str, RolloutPolicy] = {
+    "joyavatar-flash": _FLASH,
+    # Window of five, local context of one block (21 latents seen in all), clean re-pass of every finished block.
+    "rolling-forcing": replace(
+        _FLASH,
+        timesteps=(1000, 800, 600, 400, 200),
+        bootstrap=0,
+        window_blocks=5,
+        kv_level="clean",
+        local_blocks=1,
+        rope_limit=None,
+        motion_frame=False,
+    ),
+    # One block at a time beside 18 latents of clean history, no sink.
+    "self-forcing": replace(
+        _FLASH,
+        bootstrap=0,
+        window_blocks=1,
+        kv_level="clean",
+        sink_blocks=0,
+        local_blocks=6,
+        rope_limit=None,
+        motion_frame=False,
+    ),
+}
+
+
+def policy(name: str) -> RolloutPolicy:
+    """A preset by name; ValueError names the known ones."""
+    if name not in POLICIES:
+        raise ValueError(f"policy {name!r} is not known; known: {', '.join(POLICIES)}")
+    return POLICIES[name]

@@ -1,0 +1,274 @@
+"""The rollout: executes the steps of a schedule, whatever policy made them (JoyAvatar-Flash 3.3-3.5).
+
+One window: assemble the noisy blocks, prepend the motion frame (MCI), denoise beside the cache, bring every block to
+its next level, commit the block that came out clean. The loop knows no mode: levels, positions and cache rules come
+from the policy.
+
+Shape legend: B batch, C latent channels, F latent frames, n latents of a block, h w latent size, P tokens of a latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import flow
+from .audio import AudioTokens
+from .cache import KV, KVCache
+from .conditioning import ImageChannels
+from .geometry import Geometry
+from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past
+from .noise import gaussian
+from .policy import RolloutPolicy
+from .schedule import DenoiseStep
+from .types import StreamTensors, nbytes
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is constant in a stream: attention keys and values, and the image-to-video channels."""
+
+    kv: ConditionKV
+    image: ImageChannels | None = None
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A clean block: latents [B, C, n, h, w]."""
+
+    index: int
+    latents: Tensor
+
+
+@dataclass
+class RolloutState:
+    """All memory of a rollout between two windows.
+
+    window: next window to run.
+    caches: one cache, or one per step for kv_level "per_step".
+    noisy: blocks in the window, each at its next level, [B, C, n, h, w].
+    motion: last latent of the newest finished block, [B, C, 1, h, w].
+    audio: front-end tokens of the blocks in the window and of the newest finished one.
+    audio_kv: keys and values made of them; derived, never saved.
+    """
+
+    caches: tuple[KVCache, ...]
+    window: int = 0
+    noisy: dict[int, Tensor] = field(default_factory=dict)
+    motion: Tensor | None = None
+    audio: dict[int, AudioTokens] = field(default_factory=dict)
+    audio_kv: dict[int, AudioKV] = field(default_factory=dict)
+
+    def tensors(self) -> StreamTensors:
+        """Everything to be saved, by name."""
+        out = {f"cache.{i}.{k}": t for i, cache in enumerate(self.caches) for k, t in cache.tensors().items()}
+        out |= {f"noisy.{block}": t for block, t in self.noisy.items()}
+        out |= {f"audio.{block}.tokens": a.tokens for block, a in self.audio.items()}
+        out |= {f"audio.{block}.valid": a.valid for block, a in self.audio.items()}
+        return out if self.motion is None else out | {"motion": self.motion}
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors, derived ones included."""
+        kv = [t for a in self.audio_kv.values() for pair in a.layers for t in pair]
+        return nbytes(self.tensors()) + sum(t.numel() * t.element_size() for t in kv)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A model run under a policy; holds nothing that changes."""
+
+    model: JoyAvatarDiT
+    policy: RolloutPolicy
+    geometry: Geometry
+    condition: Condition
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.geometry.block_latents != self.policy.block_latents:
+            raise ValueError(
+                f"geometry has blocks of {self.geometry.block_latents} latents, the policy {self.policy.block_latents}"
+            )
+
+    def start(self) -> RolloutState:
+        """A fresh state: empty caches at their final size."""
+        config, policy = self.model.config, self.policy
+        count = len(policy.timesteps) if policy.kv_level == "per_step" else 1
+        caches = tuple(
+            KVCache(
+                layers=config.layers,
+                batch=self.batch,
+                block_tokens=self.geometry.tokens_per_latent * policy.block_latents,
+                heads=config.heads,
+                head_dim=config.head_dim,
+                sink_blocks=policy.sink_blocks,
+                local_blocks=policy.local_blocks,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for _ in range(count)
+        )
+        return RolloutState(caches)
+
+    def restore(self, tensors: StreamTensors, window: int) -> RolloutState:
+        """State from `RolloutState.tensors` and its window."""
+        state = self.start()
+        state.window = window
+        committed = self.policy.first_block(window)
+        for i, cache in enumerate(state.caches):
+            cache.restore({k: tensors[f"cache.{i}.{k}"] for k in cache.tensors()}, committed)
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "noisy":
+                state.noisy[int(rest)] = tensor.to(self.device)
+            elif kind == "audio" and rest.endswith(".tokens"):
+                block = int(rest.removesuffix(".tokens"))
+                state.audio[block] = AudioTokens(tensor, tensors[f"audio.{block}.valid"])
+        if "motion" in tensors:
+            state.motion = tensors["motion"].to(self.device)
+        return state
+
+    def run(self, state: RolloutState, num_blocks: int) -> Iterator[FinishedBlock]:
+        """All windows of a finite clip whose audio, if any, is in the state already."""
+        while state.window < self.policy.num_windows(num_blocks):
+            yield from self.run_window(state, num_blocks)
+
+    def run_window(self, state: RolloutState, num_blocks: int | None = None) -> list[FinishedBlock]:
+        """Run the next window; returns the block that came out clean, if one did."""
+        finished = []
+        for step in self.policy.window_steps(state.window, num_blocks):
+            clean = self.step(state, step)
+            if clean is not None:
+                finished.append(clean)
+        state.window += 1
+        return finished
+
+    def step(self, state: RolloutState, step: DenoiseStep) -> FinishedBlock | None:
+        """One forward of the window; state moves to the step's next levels."""
+        x = torch.cat([self._noisy(state, b) for b in step.blocks], dim=2)
+        here = self._levels(step.timesteps, x)
+        v, kv = self._denoise(state, step, x, here)
+        x0 = flow.to_x0(x, v, here)
+        if self.policy.update == "euler":
+            after = flow.euler_step(x, v, here, self._levels(step.next_timesteps, x))
+        else:
+            after = self._renoise(x0, step)
+        for block, latents in zip(step.blocks, after.split(self.policy.block_latents, dim=2), strict=True):
+            state.noisy[block] = latents.clone()
+        if self.policy.kv_level == "per_step":
+            state.caches[step.passes[0]].commit(step.blocks[0], kv)
+        return self._finish(state, step.blocks[0], kv) if step.finishes else None
+
+    def _finish(self, state: RolloutState, block: int, kv: list[KV]) -> FinishedBlock:
+        """The oldest block is clean: commit it, make it the motion frame, forget what only it needed."""
+        latents = state.noisy.pop(block)
+        if self.policy.kv_level == "clean":
+            zero = latents.new_zeros(latents.shape[2])
+            _, kv = self._forward(state, latents, zero, [block], self._past(state, block), self._start(block), None)
+        if self.policy.kv_level != "per_step":
+            state.caches[0].commit(block, kv)
+        state.motion = latents[:, :, -1:].clone()
+        for old in [b for b in state.audio if b < block]:
+            del state.audio[old]
+            state.audio_kv.pop(old, None)
+        return FinishedBlock(block, latents)
+
+    def _denoise(self, state: RolloutState, step: DenoiseStep, x: Tensor, here: Tensor) -> tuple[Tensor, list[KV]]:
+        """Velocity of the window's blocks, and the keys and values of its oldest one."""
+        first = step.blocks[0]
+        cache = step.passes[0] if self.policy.kv_level == "per_step" else 0
+        motion = self._motion(state, step, here) if self.policy.motion_frame else None
+        v, kv = self._forward(
+            state, x, here, list(step.blocks), self._past(state, first, cache), self._start(first), motion
+        )
+        lead = 0 if motion is None else 1
+        tokens = self.geometry.tokens_per_latent
+        oldest = slice(lead * tokens, (lead + self.policy.block_latents) * tokens)
+        return v[:, :, lead:], [(k[:, oldest], val[:, oldest]) for k, val in kv]
+
+    def _forward(
+        self,
+        state: RolloutState,
+        x: Tensor,
+        timesteps: Tensor,
+        blocks: list[int],
+        past: Past | None,
+        start: int,
+        motion: Tensor | None,
+    ) -> tuple[Tensor, list[KV]]:
+        """The model on [motion frame | blocks] with all that belongs to those latent frames."""
+        latents = range(blocks[0] * self.policy.block_latents, (blocks[-1] + 1) * self.policy.block_latents)
+        lead = 0 if motion is None else 1
+        indices = range(latents.start - lead, latents.stop)
+        if motion is not None:
+            x = torch.cat([motion, x], dim=2)
+            timesteps = torch.cat([timesteps[:1], timesteps])
+        if self.condition.image is not None:
+            x = torch.cat([x, self.condition.image.at(indices).to(x)], dim=1)
+        positions = range(start - lead, start + len(latents))
+        return self.model(x, timesteps, positions, self.condition.kv, self._audio(state, blocks, lead), past)
+
+    def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> Tensor | None:
+        """MCI: the newest clean latent at the noise level of the window's first block; none before the first block."""
+        if state.motion is None:
+            return None
+        noise = self._gaussian(step.blocks[0], step.passes[0], state.motion.shape, "motion")
+        return flow.add_noise(state.motion, noise, here[:1])
+
+    def _past(self, state: RolloutState, first: int, cache: int = 0) -> Past | None:
+        """Finished blocks and their RoPE indices beside a window that begins with block `first`."""
+        held = state.caches[cache]
+        if not held.blocks:
+            return None
+        starts = (self.policy.context_start(b, first) for b in held.blocks)
+        return Past(held, tuple(s + i for s in starts for i in range(self.policy.block_latents)))
+
+    def _start(self, first: int) -> int:
+        return self.policy.window_start(first)
+
+    def _audio(self, state: RolloutState, blocks: list[int], lead: int) -> AudioKV | None:
+        if not state.audio:
+            return None
+        parts = [self._audio_kv(state, b) for b in blocks]
+        if lead:
+            n = self.policy.block_latents
+            parts.insert(0, self._audio_kv(state, blocks[0] - 1).select(slice(n - 1, n)))
+        return AudioKV.join(parts)
+
+    def _audio_kv(self, state: RolloutState, block: int) -> AudioKV:
+        """Made once per block, for all its steps."""
+        if block not in state.audio_kv:
+            tokens = state.audio[block]
+            valid = None if bool(tokens.valid.all()) else tokens.valid.to(self.device)
+            features = tokens.tokens.to(self.device, self.dtype)
+            state.audio_kv[block] = self.model.audio(features.expand(self.batch, *features.shape), valid)
+        return state.audio_kv[block]
+
+    def _noisy(self, state: RolloutState, block: int) -> Tensor:
+        """Latents of a block in the window; pure noise when it enters."""
+        if block not in state.noisy:
+            h, w = self.geometry.latent_size
+            shape = (self.batch, self.model.config.out_channels, self.policy.block_latents, h, w)
+            state.noisy[block] = self._gaussian(block, 0, shape)
+        return state.noisy[block]
+
+    def _renoise(self, x0: Tensor, step: DenoiseStep) -> Tensor:
+        """Every block to its next level with fresh noise; level 0 stays clean."""
+        n = self.policy.block_latents
+        shape = (*x0.shape[:2], n, *x0.shape[3:])
+        noise = [self._gaussian(b, p + 1, shape) for b, p in zip(step.blocks, step.passes, strict=True)]
+        return flow.add_noise(x0, torch.cat(noise, dim=2), self._levels(step.next_timesteps, x0))
+
+    def _levels(self, timesteps: tuple[float, ...], like: Tensor) -> Tensor:
+        """Schedule indices of blocks -> warped timesteps of their latent frames [F]."""
+        warped = [flow.warp(t, self.policy.shift) for t in timesteps]
+        return flow.per_latent(warped, self.policy.block_latents, like)
+
+    def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return gaussian(self.seed, block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore

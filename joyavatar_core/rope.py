@@ -1,0 +1,57 @@
+"""Rotary position of Wan2.1: head dimension split over time, height and width, interleaved pairs, base 10000.
+
+Keys are stored before rotation and rotated when they are read (URCR, JoyAvatar-Flash 3.5), so a table is made for
+whatever temporal indices a forward assigns. There is no table end: angles are computed, in float64.
+
+Shape legend: x [B, L, heads, head_dim], L = F * rows * columns; tables [L, head_dim / 2].
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BASE = 10000.0
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Real dimensions given to time, height and width: (44, 42, 42) of 128."""
+    plane = 2 * (head_dim // 6)
+    return head_dim - 2 * plane, plane, plane
+
+
+@lru_cache(maxsize=16)
+def rotary_table(
+    positions: tuple[int, ...], grid: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [F * rows * columns, head_dim / 2] for latents at the given temporal indices.
+
+    In steady state of URCR the indices repeat, so the last tables are kept.
+    """
+    rows, columns = grid
+    axes = (positions, range(rows), range(columns))
+    angles = [_angles(torch.tensor(list(p)), d) for p, d in zip(axes, axis_dims(head_dim), strict=True)]
+    time, height, width = (a.reshape(shape) for a, shape in zip(angles, _broadcast(angles), strict=True))
+    full = (len(positions), rows, columns, -1)
+    table = torch.cat([t.expand(full) for t in (time, height, width)], dim=-1).flatten(0, 2)
+    return table.cos().to(device, dtype), table.sin().to(device, dtype)
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate pairs (2i, 2i+1) of x [B, L, heads, head_dim] by the table's angles."""
+    cos, sin = (t.unsqueeze(1) for t in table)  # [L, 1, head_dim / 2]
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def _angles(positions: Tensor, dim: int) -> Tensor:
+    """[n, dim / 2]"""
+    frequency = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return torch.outer(positions.double(), frequency)
+
+
+def _broadcast(angles: list[Tensor]) -> list[tuple[int, ...]]:
+    time, height, width = angles
+    return [(len(time), 1, 1, -1), (1, len(height), 1, -1), (1, 1, len(width), -1)]

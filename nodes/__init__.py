@@ -1,0 +1,14 @@
+"""The ComfyUI nodes: glue between the host and `joyavatar_core`. Empty until the pack itself is built."""
+
+from __future__ import annotations
+
+
+async def comfy_entrypoint():  # noqa: ANN201 - the type is the host's
+    """What ComfyUI asks for: the list of nodes, none yet."""
+    from comfy_api.latest import ComfyExtension
+
+    class JoyAvatarExtension(ComfyExtension):
+        async def get_node_list(self):  # noqa: ANN202
+            return []
+
+    return JoyAvatarExtension()

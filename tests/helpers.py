@@ -1,0 +1,73 @@
+"""Small random models and conditions shared by the tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from joyavatar_core.audio import AudioTokens
+from joyavatar_core.conditioning import ImageChannels, reference_tokens
+from joyavatar_core.config import AudioConfig, ModelConfig
+from joyavatar_core.geometry import Geometry
+from joyavatar_core.model import JoyAvatarDiT
+from joyavatar_core.policy import RolloutPolicy
+from joyavatar_core.rollout import Condition, Rollout, RolloutState
+
+SMALL = ModelConfig(
+    dim=24,
+    ffn_dim=32,
+    layers=2,
+    heads=2,
+    out_channels=4,
+    in_channels=12,
+    patch=(1, 1),
+    freq_dim=32,
+    text_dim=0,
+    text_len=0,
+    image_dim=4,
+    audio=AudioConfig(kind="window", features=5, width=8, window=3, tokens=2, hidden=8),
+)
+GEOMETRY = Geometry(32, 16, spatial=8, patch=(1, 1))
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = SMALL) -> JoyAvatarDiT:
+    """A random model whose output really depends on every input."""
+    torch.manual_seed(seed)
+    model = JoyAvatarDiT(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn_like(parameter) * (1.5 / parameter[0].numel() ** 0.5))
+    return model
+
+
+def small_rollout(policy: RolloutPolicy, seed: int = 0, dtype: torch.dtype = torch.float64) -> Rollout:
+    """A rollout of the small model with a random picture."""
+    model = small_model(dtype=dtype)
+    torch.manual_seed(1)
+    channels = torch.randn(1, 8, 30, *GEOMETRY.latent_size, dtype=dtype)
+    tokens = reference_tokens(channels[:, 4:, 0], SMALL.patch)
+    with torch.no_grad():
+        kv = model.condition(image=tokens)
+    geometry = replace(GEOMETRY, block_latents=policy.block_latents)
+    return Rollout(model, policy, geometry, Condition(kv, ImageChannels(channels)), seed, torch.device("cpu"), dtype)
+
+
+def audio_tokens(block: int, latents: int = 3) -> AudioTokens:
+    """Random tokens of a block, a function of its index."""
+    generator = torch.Generator().manual_seed(1000 + block)
+    tokens = torch.randn(latents, 3, 5, generator=generator)
+    return AudioTokens(tokens, torch.ones(latents, 3, dtype=torch.bool))
+
+
+@torch.no_grad()
+def roll(rollout: Rollout, blocks: int, state: RolloutState | None = None) -> torch.Tensor:
+    """Clean latents [1, C, 3 blocks, h, w] of a clip."""
+    state = state or rollout.start()
+    out = []
+    while state.window < rollout.policy.num_windows(blocks):
+        if state.window < blocks:
+            state.audio[state.window] = audio_tokens(state.window)
+        out += [done.latents for done in rollout.run_window(state, blocks)]
+    return torch.cat(out, dim=2)

@@ -160,6 +160,7 @@ class LightAutoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig, ops: Any = nn) -> None:
         super().__init__()
         self.config = config
+        self.original: LightAutoencoder | None = None  # of a folded copy: what it was folded from
         self.encoder = nn.Sequential(*_encoder_layers(config, ops))
         self.decoder = nn.Sequential(*_decoder_layers(config, ops))
 
@@ -170,6 +171,12 @@ class LightAutoencoder(nn.Module):
     @property
     def spatial(self) -> int:
         return self.config.spatial
+
+    @property
+    def settled_latents(self) -> int:
+        """A memory block looks one of its frames back: two pixel frames at the first level, a latent at the others."""
+        first, second, third = self.config.encoder_blocks
+        return 2 + -(-first // 2) + second + third
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, T, H, W] in [-1, 1], T = 1 + 4 (F - 1) -> latents [B, C, F, h, w], normalised."""
@@ -205,6 +212,7 @@ class LightAutoencoder(nn.Module):
         other = LightAutoencoder.__new__(LightAutoencoder)
         nn.Module.__init__(other)
         other.config, other.encoder = self.config, self.encoder
+        object.__setattr__(other, "original", self)  # not a submodule: its weights are counted once
         other.decoder = nn.Sequential(*_fold_layers(list(self.decoder)))
         return other.eval()
 

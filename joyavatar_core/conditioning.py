@@ -3,7 +3,7 @@
 Wan2.1 I2V concatenates [mask 4 | image latents] to the noisy latents: the mask is one for pixel frame 0, the image
 latents encode [picture, grey, grey, ...]. The causal autoencoder forgets the picture after a while: the encoding of
 such a clip is exactly constant from some latent on (29 for Wan2.1), so an endless clip encodes the first latents once
-and reuses the last.
+(30 for Wan2.1: `settled_latents` of the autoencoder) and reuses the last.
 
 Shape legend: B batch, C latent channels, n latent frames, h w latent size, H W pixels, L tokens.
 """
@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 from .types import VideoAutoencoder
-
-SETTLED_LATENTS = 30
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,10 @@ class ImageChannels:
         return self.channels[:, 4:, 0]
 
 
-def image_channels(
-    autoencoder: VideoAutoencoder, picture: Tensor, temporal: int = 4, latents: int = SETTLED_LATENTS
-) -> ImageChannels:
+def image_channels(autoencoder: VideoAutoencoder, picture: Tensor, temporal: int = 4) -> ImageChannels:
     """Encode a picture [B, 3, H, W] in [-1, 1] into image-to-video channels."""
     batch, _, height, width = picture.shape
+    latents = autoencoder.settled_latents
     clip = picture.new_zeros(batch, 3, 1 + temporal * (latents - 1), height, width)
     clip[:, :, 0] = picture
     encoded = autoencoder.encode(clip)  # [B, C, n, h, w]

@@ -12,11 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def warp(timestep: float, shift: float) -> float:
-    """Timestep the model sees for a schedule index (both 1000 .. 0): 1000 s u / (1 + (s - 1) u), u = timestep / 1000."""
-    u = timestep / 1000
-    return 1000 * shift * u / (1 + (shift - 1) * u)
+from .schedule import warp as warp
 
 
 def per_latent(values: Sequence[float], repeats: int, like: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ class VideoAutoencoder(Protocol):
         """Pixels per latent cell along each axis."""
         ...
 
+    @property
+    def settled_latents(self) -> int:
+        """Latents after which the encoding of a picture followed by grey no longer changes."""
+        ...
+
     def encode(self, video: Tensor) -> Tensor:
         """[B, 3, T, H, W] in [-1, 1], T = 1 + 4 (F - 1) -> normalised latents [B, C, F, h, w]."""
         ...

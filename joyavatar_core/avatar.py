@@ -1,0 +1,200 @@
+"""A loaded system: weights and what fits them, from which streams are made. The one place that puts the parts together.
+
+Shape legend: B batch, H W pixels, L tokens, D dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .attention import AttentionFn, sdpa
+from .audio import AudioFrontEnd, LogMel
+from .autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
+from .conditioning import image_channels, reference_tokens
+from .config import MODELS, ModelConfig
+from .geometry import Geometry
+from .model import JoyAvatarDiT
+from .policy import RolloutPolicy
+from .rollout import Condition, Rollout
+from .stream import AvatarStream, LatentStream
+from .types import VideoAutoencoder
+
+FrontEndMaker = Callable[[Geometry], AudioFrontEnd]
+
+EMBEDDED_FILES = {"model": "tiny.safetensors", "autoencoder": "tiny-autoencoder.safetensors"}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Outputs of the encoders a full-size model asks for; all optional.
+
+    text [1, L, 4096] (umT5), image [1, 257, 1280] (CLIP-vision), face [1, 512].
+    """
+
+    text: Tensor | None = None
+    image: Tensor | None = None
+    face: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Avatar:
+    """Weights, audio front end and frame rate of one system; makes streams.
+
+    front_end: from a geometry to an audio front end; None for models without audio.
+    size: (width, height) used when none is asked for.
+    """
+
+    model: JoyAvatarDiT
+    autoencoder: VideoAutoencoder
+    front_end: FrontEndMaker
+    device: torch.device
+    dtype: torch.dtype
+    fps: Fraction = Fraction(16)
+    size: tuple[int, int] = (256, 256)
+
+    def geometry(self, size: tuple[int, int] | None, policy: RolloutPolicy) -> Geometry:
+        """Geometry of a stream of (width, height) pixels. ValueError names the sizes that fit."""
+        width, height = size or self.size
+        return Geometry(
+            width=width,
+            height=height,
+            fps=self.fps,
+            block_latents=policy.block_latents,
+            spatial=self.autoencoder.spatial,
+            patch=self.model.config.patch,
+        )
+
+    @torch.inference_mode()
+    def condition(self, picture: Tensor, encoded: Encoded | None = None) -> Condition:
+        """What a picture [1, 3, H, W] in [-1, 1], and the encoders' outputs, give to a whole stream."""
+        encoded = encoded or Encoded()
+        channels = None
+        if self.model.config.has_image_channels:
+            channels = image_channels(self.autoencoder, picture.to(self.device, self.dtype))
+        image = encoded.image
+        if image is None and channels is not None and _takes_reference_tokens(self.model.config):
+            image = reference_tokens(channels.picture, self.model.config.patch)
+        kv = self.model.condition(*(None if t is None else t.to(self.device, self.dtype) for t in
+                                    (encoded.text, image, encoded.face)))  # fmt: skip
+        return Condition(kv, channels)
+
+    def stream(
+        self,
+        picture: Tensor,
+        policy: RolloutPolicy,
+        seed: int,
+        encoded: Encoded | None = None,
+    ) -> AvatarStream:
+        """A fresh stream for a picture [1, 3, H, W] in [-1, 1]; its size is the stream's size."""
+        geometry = self.geometry((picture.shape[3], picture.shape[2]), policy)
+        condition = self.condition(picture, encoded)
+        rollout = Rollout(self.model, policy, geometry, condition, seed, self.device, self.dtype)
+        return AvatarStream(LatentStream(rollout, self.front_end(geometry)), self.autoencoder)
+
+
+def _takes_reference_tokens(config: ModelConfig) -> bool:
+    """Whether the model's image tokens are patches of the picture's latent (embedded model) and not CLIP-vision's."""
+    return config.image_dim == config.out_channels * config.patch[0] * config.patch[1]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it fast, else float32.
+
+    On a CPU that is AVX512-BF16 or AMX; torch has no public question for it yet, hence the guarded private one.
+    """
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast = [name for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if hasattr(torch.cpu, name)]
+    return torch.bfloat16 if any(vars(torch.cpu)[name]() for name in fast) else torch.float32
+
+
+def load_embedded(
+    device: str = "cpu", dtype: torch.dtype | None = None, ops: Any = nn, attention: AttentionFn = sdpa
+) -> Avatar:
+    """The model in the package: drawn avatars, 16 fps, log-mel audio; no download."""
+    folder = resources.files(__package__) / "assets"
+    model = load_model(Path(str(folder / EMBEDDED_FILES["model"])), ops, attention)
+    autoencoder = load_light_autoencoder(Path(str(folder / EMBEDDED_FILES["autoencoder"])), ops)
+    return assemble_embedded(model, autoencoder, device, dtype)
+
+
+def random_embedded(
+    seed: int = 0, device: str = "cpu", dtype: torch.dtype | None = None, config: ModelConfig = MODELS["tiny"]
+) -> Avatar:
+    """The embedded model's shapes with random weights: for benchmarks and tests of everything but the picture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, autoencoder = JoyAvatarDiT(config), LightAutoencoder(AUTOENCODERS["tiny"])
+    return assemble_embedded(model, autoencoder, device, dtype)
+
+
+def assemble_embedded(
+    model: JoyAvatarDiT, autoencoder: LightAutoencoder, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Avatar:
+    """An Avatar of the embedded kind from its two modules, ready for inference."""
+    place = torch.device(device)
+    dtype = dtype or default_dtype(place)
+    model = model.to(place, dtype).eval().requires_grad_(False)
+    light = autoencoder.to(place, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore
+    return Avatar(model, light.folded(), LogMel, place, dtype)
+
+
+def load_model(path: str | Path, ops: Any = nn, attention: AttentionFn = sdpa) -> JoyAvatarDiT:
+    """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes)."""
+
+    def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> JoyAvatarDiT:
+        if "model_config" in metadata:
+            config = checkpoint.config_from_json(ModelConfig, metadata["model_config"])
+        else:
+            config = detect_config(tensors)
+        return JoyAvatarDiT(config, ops, attention)
+
+    return checkpoint.load_module(path, build, "transformer")
+
+
+def load_light_autoencoder(path: str | Path, ops: Any = nn) -> LightAutoencoder:
+    """A light autoencoder from a file of ours, or TAEHV's published weights (widths from the shapes)."""
+
+    def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> LightAutoencoder:
+        if "autoencoder_config" in metadata:
+            config = checkpoint.config_from_json(AutoencoderConfig, metadata["autoencoder_config"])
+        elif "decoder.1.weight" in tensors and tensors["decoder.1.weight"].shape[1] == 48:
+            config = AUTOENCODERS["taew2_2"]
+        else:
+            config = AUTOENCODERS["taew2_1"]
+        return LightAutoencoder(config, ops)
+
+    return checkpoint.load_module(path, build, "light autoencoder")
+
+
+def detect_config(tensors: checkpoint.Tensors) -> ModelConfig:
+    """Sizes of a Wan2.1-shaped transformer from its tensors. CheckpointError when it is something else."""
+    try:
+        patch = tensors["patch_embedding.weight"]
+        ffn = tensors["blocks.0.ffn.0.weight"].shape[0]
+    except KeyError as missing:
+        raise checkpoint.CheckpointError(f"not a Wan2.1-shaped transformer: {missing} is missing") from missing
+    dim, in_channels = patch.shape[:2]
+    layers = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks."))
+    talking = MODELS["flash-1.3b"]
+    return replace(
+        MODELS["wan-i2v-1.3b"],
+        dim=dim,
+        ffn_dim=ffn,
+        layers=layers,
+        heads=dim // 128,
+        in_channels=in_channels,
+        patch=(patch.shape[3], patch.shape[4]),
+        image_dim=1280 if "img_emb.proj.1.weight" in tensors else 0,
+        audio=talking.audio if "proj_model.proj.weight" in tensors else None,
+        face=talking.face if "face_proj.proj_in.weight" in tensors else None,
+    )

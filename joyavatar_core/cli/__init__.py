@@ -1,0 +1,1 @@
+"""The `joyavatar` command line."""

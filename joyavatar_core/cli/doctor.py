@@ -1,0 +1,73 @@
+"""`joyavatar doctor`: what is installed, what is missing, how fast this machine is."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import platform
+import time
+from collections.abc import Iterator
+
+NEEDED = {
+    "torch": "the engine",
+    "safetensors": "weights",
+    "einops": "the engine",
+    "numpy": "sound and pictures",
+    "librosa": "the mel filterbank",
+    "cv2": "pictures (opencv-python, -headless or -contrib)",
+    "PIL": "reading pictures (pillow)",
+    "av": "video and sound files (PyAV)",
+    "transformers": "wav2vec2 and the text encoder of full-size models",
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; exit status 1 if something needed is missing."""
+    del args
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    missing = []
+    for line, ok in _packages():
+        print(line)
+        missing += [] if ok else [line]
+    if not missing:
+        print("\n".join(_machine()))
+    print("ready" if not missing else f"{len(missing)} missing: pip install -e . brings them")
+    return 1 if missing else 0
+
+
+def _packages() -> Iterator[tuple[str, bool]]:
+    for name, purpose in NEEDED.items():
+        try:
+            module = importlib.import_module(name)
+        except ImportError as error:
+            yield f"missing  {name:13s} {purpose} ({error})", False
+        else:
+            yield f"ok       {name:13s} {vars(module).get('__version__', '')}", True
+
+
+def _machine() -> Iterator[str]:
+    import torch
+
+    from ..avatar import EMBEDDED_FILES, default_dtype, load_embedded
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    yield f"device   {device} ({name}), precision {default_dtype(torch.device(device))}"
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"speed    {str(dtype).removeprefix('torch.'):9s} {_gflops(device, dtype):8.0f} GFLOP/s"
+    avatar = load_embedded(device)
+    millions = sum(p.numel() for p in avatar.model.parameters()) / 1e6
+    yield f"model    {', '.join(EMBEDDED_FILES.values())}: {millions:.1f} M parameters in the transformer"
+
+
+def _gflops(device: str, dtype: object, n: int = 1024, seconds: float = 0.3) -> float:
+    import torch
+
+    a = torch.randn(n, n, device=device).to(dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    count, start = 0, time.perf_counter()
+    (a @ a).sum().item()
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        (a @ a).sum().item()
+        count += 1
+    return count * 2 * n**3 / (time.perf_counter() - start) / 1e9

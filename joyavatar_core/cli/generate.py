@@ -1,0 +1,206 @@
+"""`joyavatar generate` and `demo`: from files to a video file, with a progress bar and a report."""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..avatar import Avatar, Encoded, load_embedded
+from ..generate import Progress, Resume, from_uint8, generate
+from ..geometry import Geometry
+from ..media.picture import fit_picture, read_picture
+from ..media.sound import PcmPipe, SoundFile
+from ..media.writer import VideoWriter
+from ..policy import RolloutPolicy
+from ..stream import AvatarStream
+from .options import policy_of, size_of
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class HeardSound:
+    """Sound on its way to the engine: remembers when each second of it came, for the latency of live input."""
+
+    source: SoundFile | PcmPipe
+    seconds: list[float] = field(default_factory=list)
+    arrived: list[float] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        total = 0
+        for samples in self.source:
+            total += samples.shape[1]
+            self.seconds.append(total / self.source.sample_rate)
+            self.arrived.append(time.perf_counter())
+            yield samples, self.source.sample_rate
+
+    def arrival(self, second: float) -> float | None:
+        """When the sound had reached this second; None if it never did."""
+        place = bisect.bisect_left(self.seconds, second)
+        return self.arrived[place] if place < len(self.arrived) else None
+
+
+def run(args: argparse.Namespace) -> int:
+    """`joyavatar generate`."""
+    policy = policy_of(args)
+    output = Path(args.output)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sound = _sound(args)
+    picture = read_picture(args.image)
+    avatar, encoded = _system(args, picture)
+    geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
+    fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
+    stream = avatar.stream(fitted, policy, args.seed, encoded)
+    job = _Job(stream, geometry, sound, output, args)
+    progress = job.run(_settings(args, policy, geometry))
+    if args.json:
+        job.report(Path(args.json), progress)
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`joyavatar demo`: generate with the built-in picture and voice."""
+    samples = resources.files("joyavatar_core") / "assets"
+    out = Path(args.out)
+    words = ["generate", "--image", args.image or str(samples / "demo.png"), "--audio"]
+    words += [args.audio or str(samples / "demo.ogg"), "--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
+    from .main import build_parser
+
+    status = run(build_parser().parse_args(words))
+    print(f"{out / 'avatar.mp4'}")
+    return status
+
+
+@dataclass
+class _Job:
+    """One run: where its parts meet while it lasts."""
+
+    stream: AvatarStream
+    geometry: Geometry
+    sound: HeardSound
+    output: Path
+    args: argparse.Namespace
+    lags: list[float] = field(default_factory=list)
+
+    def run(self, settings: dict[str, str]) -> Progress:
+        resume = Resume(self.output.with_suffix(".state.safetensors"), self.args.checkpoint_blocks, self.args.resume)
+        with contextlib.ExitStack() as stack:
+            bar = stack.enter_context(_bar())
+
+            def open_sink(frames_done: int) -> VideoWriter:
+                return stack.enter_context(self._writer(frames_done, settings))
+
+            def tell(progress: Progress) -> None:
+                self._note_lag()
+                _show(bar, progress)
+
+            progress = generate(self.stream, self.sound, open_sink, resume, tell)
+        resume.path.unlink(missing_ok=True)
+        return progress
+
+    def report(self, path: Path, progress: Progress) -> None:
+        """Figures of the run as JSON."""
+        report: dict[str, Any] = {
+            "output": str(self.output),
+            "frames": progress.frames,
+            "blocks": progress.blocks,
+            "seconds": round(progress.seconds, 3),
+            "end_to_end_fps": round(progress.fps, 2),
+            "first_frame_s": progress.first_frame_s and round(progress.first_frame_s, 3),
+            "state_bytes": self.stream.state.nbytes(),
+        }
+        if self.lags:
+            report["live_latency_median_s"] = round(float(np.median(self.lags)), 3)
+            report["live_latency_max_s"] = round(max(self.lags), 3)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
+
+    def _writer(self, frames_done: int, settings: dict[str, str]) -> VideoWriter:
+        """A file whose segments are the blocks of the stream: it grows, and can be resumed, block by block."""
+        return VideoWriter.resume(
+            self.output,
+            self.geometry.width,
+            self.geometry.height,
+            frames_done=frames_done,
+            source_fps=self.geometry.fps,
+            output_fps=self.args.fps,
+            audio_rate=self.sound.source.sample_rate,
+            audio_channels=self.sound.source.channels,
+            settings=settings,
+            segment_frames=len(self.geometry.frames_of_block(1)),
+            first_segment_frames=len(self.geometry.frames_of_block(0)),
+        )
+
+    def _note_lag(self) -> None:
+        """Live input: time from the arrival of a block's last sound to the block's frames being written."""
+        if self.args.audio != "-":
+            return
+        stop = self.geometry.frames_of_block(self.stream.latents.blocks_done - 1).stop
+        came = self.sound.arrival(float(stop / self.geometry.fps))
+        if came is not None:
+            self.lags.append(time.perf_counter() - came)
+
+
+def _sound(args: argparse.Namespace) -> HeardSound:
+    if args.audio != "-":
+        return HeardSound(SoundFile(args.audio))
+    rate, _, rest = args.pcm.partition(":")
+    channels, _, form = rest.partition(":")
+    if not (rate.isdigit() and channels.isdigit() and form):
+        raise ValueError(f"--pcm {args.pcm!r}: write it as RATE:CHANNELS:FORMAT, e.g. 16000:1:s16le")
+    return HeardSound(PcmPipe(sys.stdin.buffer, int(rate), int(channels), form))
+
+
+def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
+    """The model the options name, and what its encoders say of the picture and the prompt."""
+    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES.get(args.dtype)
+    if args.model == "tiny":
+        return load_embedded(device, dtype), Encoded()
+    from .full_size import load_full_size
+
+    return load_full_size(args, picture, device, dtype)
+
+
+def _settings(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geometry) -> dict[str, str]:
+    """What the file's metadata says of how it was made."""
+    return {
+        "seed": str(args.seed),
+        "model": Path(args.model).name,
+        "prompt": args.prompt,
+        "size": f"{geometry.width}x{geometry.height}",
+        "policy": json.dumps(asdict(policy)),
+    }
+
+
+def _bar() -> Any:
+    from tqdm import tqdm
+
+    return tqdm(unit="block", disable=None, dynamic_ncols=True)
+
+
+def _show(bar: Any, progress: Progress) -> None:
+    """Blocks, frames a second; tqdm adds the time left."""
+    if progress.blocks_total is not None:
+        bar.total = progress.blocks_total
+    if bar.n == 0 and progress.blocks > 1:
+        bar.initial = bar.n = progress.blocks - 1
+    bar.set_postfix_str(f"{progress.fps:.1f} fps")
+    bar.update(progress.blocks - bar.n)
+

@@ -1,0 +1,170 @@
+"""`joyavatar`: demo, generate, schedule, doctor, bench. One error, one line, exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from ..policy import POLICIES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        return args.run(args)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"joyavatar: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("joyavatar: cancelled", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(prog="joyavatar", description="A picture and a voice in, a talking avatar out.")
+    parser.add_argument("--version", action="version", version=f"joyavatar {_version()}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_generate(commands)
+    _add_schedule(commands)
+    _add_doctor(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser("demo", help="make a talking avatar with what is in the package")
+    demo.add_argument("--out", default="joyavatar-demo", metavar="DIR", help="folder of the result (%(default)s)")
+    demo.add_argument("--image", metavar="FILE", help="your own picture instead of the built-in one")
+    demo.add_argument("--audio", metavar="FILE", help="your own voice instead of the built-in one")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("generate", help="picture and sound to video")
+    p.add_argument("--image", required=True, metavar="FILE")
+    p.add_argument("--audio", required=True, metavar="FILE|-", help="any file with sound; - reads PCM from standard input")
+    p.add_argument("--output", required=True, metavar="FILE.mp4")
+    p.add_argument("--model", default="tiny", metavar="tiny|FILE", help="built-in model or a checkpoint (%(default)s)")
+    full = p.add_argument_group("full-size models")
+    full.add_argument("--vae", metavar="FILE", help="Wan2.1 VAE or a light autoencoder (taew2_1)")
+    full.add_argument("--audio-encoder", metavar="PATH", help="wav2vec2 folder or file")
+    full.add_argument("--text-encoder", metavar="PATH", help="umT5 folder, or a file with a ready embedding")
+    full.add_argument("--clip-vision", metavar="PATH", help="CLIP-vision folder, or a file with ready tokens")
+    full.add_argument("--face", metavar="FILE", help="file with a 512-number face embedding (.npy or .safetensors)")
+    full.add_argument("--prompt", default="", help="text prompt")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--size", metavar="WxH", help="video size in pixels")
+    p.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how the picture meets the size (%(default)s)")
+    p.add_argument("--fps", type=_fraction, metavar="N", help="output frame rate by retiming, e.g. 24, 25, 30 (native)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    _add_policy(p)
+    p.add_argument("--pcm", default="16000:1:s16le", metavar="RATE:CHANNELS:FORMAT", help="format of - (%(default)s)")
+    p.add_argument("--checkpoint-blocks", type=int, default=8, metavar="N", help="blocks between saved states; 0: none")
+    p.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
+    p.add_argument("--json", metavar="REPORT", help="write figures of the run to this file")
+    p.set_defaults(run=_generate)
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    p = parser.add_argument_group("rollout")
+    p.add_argument("--policy", choices=tuple(POLICIES), default="joyavatar-flash")
+    p.add_argument("--no-psb", action="store_true", help="no extra steps for the first blocks")
+    p.add_argument("--no-mci", action="store_true", help="no motion frame before the window")
+    p.add_argument("--rope-limit", type=int, metavar="N", help="URCR: temporal RoPE indices stay below N")
+    p.add_argument("--sink-blocks", type=int, metavar="N")
+    p.add_argument("--local-blocks", type=int, metavar="N")
+    p.add_argument("--kv-level", choices=("last_step", "clean"), help="noise level at which keys are cached")
+
+
+def _add_schedule(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("schedule", help="print the denoising schedule")
+    p.add_argument("--blocks", type=int, default=8, metavar="N")
+    _add_policy(p)
+    p.set_defaults(run=_schedule)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("doctor", help="what is installed, what is missing, how fast this machine is")
+    p.set_defaults(run=_doctor)
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("bench", help="measure speed and memory on this machine")
+    p.add_argument("--config", default="tiny", choices=("tiny",))
+    p.add_argument("--size", default="256x256", metavar="WxH")
+    p.add_argument("--blocks", type=int, default=40, metavar="N", help="blocks measured after the warm-up (%(default)s)")
+    p.add_argument("--threads", type=int)
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    p.add_argument("--random", action="store_true", help="random weights instead of the embedded ones")
+    p.add_argument("--baseline", action="store_true", help="measure the plain way too")
+    p.add_argument("--soak", action="store_true", help="compare block times 10-110 and 10,000-10,100")
+    p.add_argument("--json", action="store_true", help="print nothing but the last line")
+    p.set_defaults(run=_bench)
+
+
+# The commands are imported when they run: `joyavatar --help` and `schedule` need no torch.
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .generate import demo
+
+    return demo(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .generate import run
+
+    return run(args)
+
+
+def _schedule(args: argparse.Namespace) -> int:
+    from .schedule import run
+
+    return run(args)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(args)
+
+
+def _fraction(text: str) -> object:
+    from fractions import Fraction
+
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a frame rate, e.g. 25 or 30000/1001") from None
+    if not 1 <= value <= 240:
+        raise argparse.ArgumentTypeError(f"frame rate {text} must lie in 1 .. 240")
+    return value
+
+
+def _version() -> str:
+    try:
+        return version("joyavatar")
+    except PackageNotFoundError:
+        return "from source"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

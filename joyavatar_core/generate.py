@@ -1,0 +1,139 @@
+"""One run from picture and sound to a file that grows: stream, writer, saved states, cancel and resume.
+
+The command line and the nodes both call `generate`; it knows neither.
+
+Shape legend: T pixel frames, H W pixels, m sound samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError
+from .stream import AvatarStream
+
+logger = logging.getLogger(__name__)
+
+Chunks = Iterable[tuple[np.ndarray, int]]
+"""Sound in pieces: float32 [channels, m] in [-1, 1] and its sample rate."""
+
+
+class FrameSink(Protocol):
+    """Where frames and sound go; media.VideoWriter is one. After a crash it can go on from the end of any block."""
+
+    def write(self, frames: np.ndarray) -> None:
+        """uint8 [T, H, W, 3] RGB."""
+        ...
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        """float32 [channels, m]."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Figures of a run so far. blocks_total is None while live sound has not ended."""
+
+    blocks: int = 0
+    frames: int = 0
+    blocks_total: int | None = None
+    started: float = field(default_factory=time.perf_counter)
+    first_frame_s: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+    @property
+    def fps(self) -> float:
+        return self.frames / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Where a run keeps its state.
+
+    path: file of the saved StreamState. every: blocks between two saves, 0 for none.
+    go_on: whether to start from the file.
+    """
+
+    path: Path
+    every: int = 8
+    go_on: bool = False
+
+
+def generate(
+    stream: AvatarStream,
+    sound: Chunks,
+    open_sink: Callable[[int], FrameSink],
+    resume: Resume | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Run a stream over a sound, writing frames as they come.
+
+    Args:
+        sound: read once; its pieces may have any length.
+        open_sink: from the number of pixel frames written in an earlier run (0: none) to the sink.
+        resume: where the state is saved, and whether to go on from it.
+        on_progress: called after every block; may raise to stop (the frames so far are in the sink).
+
+    Raises ValueError if the sound is empty.
+    """
+    frames_done = _load(stream, resume)
+    sink = open_sink(frames_done)
+    progress = Progress(blocks=stream.latents.blocks_done, frames=0)
+    skip = stream.state.track.source_samples
+    for frames in _frames(stream, sound, sink, skip):
+        if progress.first_frame_s is None:
+            progress.first_frame_s = progress.seconds
+        sink.write(to_uint8(frames))
+        progress.frames += frames.shape[2]
+        progress.blocks, progress.blocks_total = stream.latents.blocks_done, stream.latents.blocks_total
+        if resume and resume.every and progress.blocks % resume.every == 0:
+            stream.state.save(resume.path)
+        if on_progress:
+            on_progress(progress)
+    return progress
+
+
+def to_uint8(frames: Tensor) -> np.ndarray:
+    """[1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+    pixels = frames[0].float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+
+
+def from_uint8(picture: np.ndarray) -> Tensor:
+    """uint8 [H, W, 3] -> [1, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def _frames(stream: AvatarStream, sound: Chunks, sink: FrameSink, skip: int) -> Iterator[Tensor]:
+    """Frames of the whole sound; the first `skip` samples, heard before a resume, only reach the sink."""
+    for samples, rate in sound:
+        sink.write_audio(samples)
+        fresh = samples[:, min(skip, samples.shape[1]) :]
+        skip -= samples.shape[1] - fresh.shape[1]
+        if fresh.shape[1]:
+            yield from stream.feed(torch.from_numpy(fresh), rate)
+    yield from stream.finish()
+
+
+def _load(stream: AvatarStream, resume: Resume | None) -> int:
+    """Take up a saved state; returns the pixel frames that were written before it."""
+    if not resume or not resume.go_on:
+        return 0
+    if not resume.path.is_file():
+        raise CheckpointError(f"nothing to resume: {resume.path} does not exist; start without resuming")
+    stream.latents.load_state(resume.path)
+    done = stream.latents.blocks_done
+    logger.info("resuming after block %d", done)
+    return stream.latents.rollout.geometry.frames_of_block(done).start

@@ -279,7 +279,8 @@ def _run(
             frames = x.unflatten(0, (batch, -1))
             first = torch.zeros_like(frames[:, :1]) if state is None else state[name]
             after[name] = frames[:, -1:].clone()
-            x = layer(x, torch.cat([first, frames[:, :-1]], dim=1).flatten(0, 1))
+            past = torch.cat([first, frames[:, :-1]], dim=1).flatten(0, 1)
+            x = layer(x, past.contiguous(memory_format=torch.channels_last))  # a loaded state must not change the bits
         else:
             x = layer(x)
     return x, after

@@ -328,8 +328,9 @@ class JoyAvatarDiT(nn.Module):
         return self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype), kvs
 
     def _embed(self, x: Tensor) -> Tensor:
-        """[B, C, F, h, w] -> [B, L, D]"""
-        return self.patch_embedding(x.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
+        """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""
+        x = x.to(self.patch_embedding.weight.dtype).contiguous()
+        return self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
 
     def _time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, F] -> time embedding [B, F, D]"""

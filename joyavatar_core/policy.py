@@ -22,7 +22,7 @@ class RolloutPolicy:
     """Options of a rollout.
 
     timesteps: main steps on the 1000 .. 0 scale, before the warp.
-    shift: the warp of the flow schedule (flow.warp); 1 leaves timesteps as they are (explicit lists).
+    shift: the warp of the flow schedule (schedule.warp); 1 leaves timesteps as they are (explicit lists).
     bootstrap: PSB: windows (or, one block at a time, blocks) whose main steps are followed by a sub-step.
     block_latents: latent frames in a block.
     window_blocks: 1, or len(timesteps) for a rolling window.

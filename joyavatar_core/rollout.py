@@ -23,7 +23,7 @@ from .geometry import Geometry
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past
 from .noise import gaussian
 from .policy import RolloutPolicy
-from .schedule import DenoiseStep
+from .schedule import DenoiseStep, warp
 from .types import StreamTensors, nbytes
 
 
@@ -266,7 +266,7 @@ class Rollout:
 
     def _levels(self, timesteps: tuple[float, ...], like: Tensor) -> Tensor:
         """Schedule indices of blocks -> warped timesteps of their latent frames [F]."""
-        warped = [flow.warp(t, self.policy.shift) for t in timesteps]
+        warped = [warp(t, self.policy.shift) for t in timesteps]
         return flow.per_latent(warped, self.policy.block_latents, like)
 
     def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:

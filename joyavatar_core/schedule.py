@@ -1,6 +1,6 @@
 """A schedule is data: which blocks are denoised together, at which timesteps, in which order (JoyAvatar-Flash 3.3).
 
-Timesteps here are indices on the 1000 .. 0 scale *before* the warp; `flow.warp` maps them to what the model sees.
+Timesteps here are indices on the 1000 .. 0 scale *before* the warp; `warp` maps them to what the model sees.
 Blocks are numbered from 0 (the paper's B1 is block 0). No torch in this file: a schedule is tested in milliseconds.
 
 Main branch (`rolling_schedule`): one new block enters per window at 1000, the oldest leaves clean. While the first
@@ -37,6 +37,12 @@ class DenoiseStep:
     def finishes(self) -> bool:
         """Whether the oldest block is clean after this step."""
         return self.next_timesteps[0] == 0
+
+
+def warp(timestep: float, shift: float) -> float:
+    """Timestep the model sees for a schedule index (both 1000 .. 0): 1000 s u / (1 + (s - 1) u), u = timestep / 1000."""
+    u = timestep / 1000
+    return 1000 * shift * u / (1 + (shift - 1) * u)
 
 
 def midpoints(main: Sequence[float]) -> tuple[float, ...]:

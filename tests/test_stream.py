@@ -1,0 +1,167 @@
+"""Streams: chunking changes nothing, state is all there is, memory is constant."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from joyavatar_core.audio import AudioTrack, LogMel
+from joyavatar_core.autoencoder import AutoencoderConfig, LightAutoencoder
+from joyavatar_core.checkpoint import CheckpointError
+from joyavatar_core.conditioning import image_channels, reference_tokens
+from joyavatar_core.config import AudioConfig
+from joyavatar_core.geometry import Geometry
+from joyavatar_core.policy import RolloutPolicy
+from joyavatar_core.rollout import Condition, Rollout
+from joyavatar_core.stream import AvatarStream, LatentStream
+
+from .helpers import SMALL, small_model
+
+MODEL = replace(SMALL, image_dim=4, audio=AudioConfig("window", features=16, width=8, window=10, tokens=2, hidden=8))
+RATE = 22050
+
+
+def make_stream(seed: int = 0, front_end: type = LogMel, policy: RolloutPolicy | None = None) -> AvatarStream:
+    """A stream of the small model at 32x32 with a random picture."""
+    policy = policy or RolloutPolicy()
+    torch.manual_seed(7)
+    autoencoder = LightAutoencoder(
+        AutoencoderConfig(latent_channels=4, patch=1, encoder_widths=(4, 4, 4), decoder_widths=(4, 4, 4, 4),
+                          encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))  # fmt: skip
+    ).eval()
+    model = small_model(dtype=torch.float32, config=MODEL)
+    geometry = Geometry(32, 32, spatial=8, patch=MODEL.patch)
+    with torch.no_grad():
+        channels = image_channels(autoencoder, torch.rand(1, 3, 32, 32) * 2 - 1)
+        condition = Condition(model.condition(image=reference_tokens(channels.picture, MODEL.patch)), channels)
+    rollout = Rollout(model, policy, geometry, condition, seed, torch.device("cpu"), torch.float32)
+    return AvatarStream(LatentStream(rollout, LogMel(geometry, mels=8, hops_per_frame=2)), autoencoder)
+
+
+def sound(seconds: float) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(2, round(seconds * RATE), generator=generator) * 0.1
+
+
+def play(stream: AvatarStream, samples: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """Frames of a sound fed in the pieces between the cuts."""
+    frames = []
+    for start, stop in pairwise([0, *sorted(cuts), samples.shape[1]]):
+        frames += list(stream.feed(samples[:, start:stop], RATE))
+    frames += list(stream.finish())
+    return torch.cat(frames, dim=2)
+
+
+@pytest.fixture(scope="module")
+def whole() -> torch.Tensor:
+    return play(make_stream(), sound(5.3), [])
+
+
+def test_length_follows_the_sound(whole: torch.Tensor) -> None:
+    assert whole.shape == (1, 3, round(5.3 * 16), 32, 32) and whole.std() > 0.01
+    assert play(make_stream(), sound(0.01), []).shape[2] == 1
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.1, 1.0])
+def test_any_chunking_gives_the_same_frames(seconds: float, whole: torch.Tensor) -> None:
+    step = max(1, round(seconds * RATE))
+    assert torch.equal(play(make_stream(), sound(5.3), list(range(step, round(5.3 * RATE), step))), whole)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.lists(st.integers(0, round(5.3 * RATE)), max_size=6))
+def test_any_cuts_give_the_same_frames(cuts: list[int]) -> None:
+    assert torch.equal(play(make_stream(), sound(5.3), cuts), play(make_stream(), sound(5.3), []))
+
+
+def test_stream_is_the_rollout_of_the_whole_clip(whole: torch.Tensor) -> None:
+    """Stream = rollout over known audio, then one-shot decode."""
+    stream = make_stream()
+    rollout, geometry = stream.latents.rollout, stream.latents.rollout.geometry
+    track = AudioTrack()
+    track.push(sound(5.3), RATE)
+    track.finish()
+    blocks = geometry.blocks_of_frames(geometry.frames_of_duration(track.duration))
+    state = rollout.start()
+    for block in range(blocks):
+        state.audio[block] = stream.latents.front_end.features(track, geometry.latents_of_block(block))
+    with torch.inference_mode():
+        latents = torch.cat([done.latents for done in rollout.run(state, blocks)], dim=2)
+        video = stream.autoencoder.decode(latents)
+    assert (video[:, :, : whole.shape[2]] - whole).abs().max() < 1e-5
+
+
+def test_seed_decides(whole: torch.Tensor) -> None:
+    assert torch.equal(play(make_stream(), sound(5.3), []), whole)
+    assert not torch.allclose(play(make_stream(seed=1), sound(5.3), []), whole, atol=1e-2)
+
+
+@pytest.mark.parametrize("after", range(1, 8))
+def test_saved_and_loaded_at_any_block_is_bit_identical(after: int, whole: torch.Tensor, tmp_path: Path) -> None:
+    samples, path = sound(5.3), tmp_path / "state.safetensors"
+    stream, frames = make_stream(), []
+    for piece in samples.split(4000, dim=1):
+        for made in stream.feed(piece, RATE):
+            frames.append(made)
+            if len(frames) == after:
+                stream.state.save(path)
+                break
+        if len(frames) == after:
+            break
+    if not path.exists():  # the last blocks come after the end of the sound
+        for made in stream.finish():
+            frames.append(made)
+            if len(frames) == after:
+                stream.state.save(path)
+                break
+    again = make_stream()
+    again.latents.load_state(path)
+    heard = again.state.track.source_samples
+    frames += list(again.feed(samples[:, heard:], RATE)) if heard < samples.shape[1] else []
+    frames += list(again.finish())
+    assert torch.equal(torch.cat(frames, dim=2), whole)
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    make_stream(seed=1).state.save(path)
+    with pytest.raises(CheckpointError, match="another run"):
+        make_stream(seed=2).latents.load_state(path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="not a readable"):
+        make_stream(seed=1).latents.load_state(path)
+
+
+def test_state_has_constant_size_in_steady_state() -> None:
+    stream, sizes = make_stream(), []
+    piece = sound(0.75)
+    for _ in range(40):
+        for _ in stream.feed(piece, RATE):
+            pass
+        sizes.append(stream.state.nbytes())
+    assert len(set(sizes[15:])) == 1, sizes
+
+
+def test_no_sound_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 samples"):
+        list(make_stream().finish())
+
+
+def test_live_input_lags_by_the_window_and_no_more() -> None:
+    """Block b is out as soon as the sound of block b + 3 and the front end's look-ahead have come."""
+    stream = make_stream()
+    done, second = {}, 0.0
+    for piece in sound(6.0).split(round(0.05 * RATE), dim=1):
+        second += 0.05
+        for _ in stream.feed(piece, RATE):
+            done[len(done)] = second
+    geometry = stream.latents.rollout.geometry
+    for block, moment in done.items():
+        heard = geometry.frames_of_block(block + 3).stop / 16
+        assert heard <= moment <= heard + 0.25

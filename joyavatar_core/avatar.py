@@ -5,7 +5,7 @@ Shape legend: B batch, H W pixels, L tokens, D dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from importlib import resources
@@ -20,13 +20,14 @@ from .attention import AttentionFn, sdpa
 from .audio import AudioFrontEnd, LogMel
 from .autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from .conditioning import image_channels, reference_tokens
-from .config import MODELS, ModelConfig
+from .config import MODELS, AudioConfig, FaceConfig, ModelConfig
 from .geometry import Geometry
 from .model import JoyAvatarDiT
 from .policy import RolloutPolicy
 from .rollout import Condition, Rollout
 from .stream import AvatarStream, LatentStream
 from .types import VideoAutoencoder
+from .wan_vae import WanVAE, WanVAEConfig
 
 FrontEndMaker = Callable[[Geometry], AudioFrontEnd]
 
@@ -49,7 +50,7 @@ class Encoded:
 class Avatar:
     """Weights, audio front end and frame rate of one system; makes streams.
 
-    front_end: from a geometry to an audio front end; None for models without audio.
+    front_end: from a geometry to an audio front end; in models without audio it only says when sound has come.
     size: (width, height) used when none is asked for.
     """
 
@@ -148,8 +149,13 @@ def assemble_embedded(
     return Avatar(model, light.folded(), LogMel, place, dtype)
 
 
-def load_model(path: str | Path, ops: Any = nn, attention: AttentionFn = sdpa) -> JoyAvatarDiT:
-    """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes)."""
+def load_model(
+    paths: str | Path | Sequence[str | Path], ops: Any = nn, attention: AttentionFn = sdpa
+) -> JoyAvatarDiT:
+    """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes).
+
+    Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights.
+    """
 
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> JoyAvatarDiT:
         if "model_config" in metadata:
@@ -158,43 +164,117 @@ def load_model(path: str | Path, ops: Any = nn, attention: AttentionFn = sdpa) -
             config = detect_config(tensors)
         return JoyAvatarDiT(config, ops, attention)
 
-    return checkpoint.load_module(path, build, "transformer")
+    return checkpoint.load_module(paths, build, "transformer")
+
+
+def load_autoencoder(path: str | Path, ops: Any = nn) -> WanVAE | LightAutoencoder:
+    """The autoencoder of Wan2.1 (published names; widths from the shapes) or a light one, told apart by the names."""
+
+    def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> WanVAE | LightAutoencoder:
+        if "conv2.weight" in tensors:
+            return WanVAE(detect_vae_config(tensors), ops)
+        return _empty_light_autoencoder(metadata, tensors, ops)
+
+    return checkpoint.load_module(path, build, "autoencoder")
 
 
 def load_light_autoencoder(path: str | Path, ops: Any = nn) -> LightAutoencoder:
     """A light autoencoder from a file of ours, or TAEHV's published weights (widths from the shapes)."""
 
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> LightAutoencoder:
-        if "autoencoder_config" in metadata:
-            config = checkpoint.config_from_json(AutoencoderConfig, metadata["autoencoder_config"])
-        elif "decoder.1.weight" in tensors and tensors["decoder.1.weight"].shape[1] == 48:
-            config = AUTOENCODERS["taew2_2"]
-        else:
-            config = AUTOENCODERS["taew2_1"]
-        return LightAutoencoder(config, ops)
+        return _empty_light_autoencoder(metadata, tensors, ops)
 
     return checkpoint.load_module(path, build, "light autoencoder")
+
+
+def _empty_light_autoencoder(metadata: dict[str, str], tensors: checkpoint.Tensors, ops: Any) -> LightAutoencoder:
+    if "autoencoder_config" in metadata:
+        config = checkpoint.config_from_json(AutoencoderConfig, metadata["autoencoder_config"])
+    elif "decoder.1.weight" in tensors and tensors["decoder.1.weight"].shape[1] == 48:
+        config = AUTOENCODERS["taew2_2"]
+    else:
+        config = AUTOENCODERS["taew2_1"]
+    return LightAutoencoder(config, ops)
 
 
 def detect_config(tensors: checkpoint.Tensors) -> ModelConfig:
     """Sizes of a Wan2.1-shaped transformer from its tensors. CheckpointError when it is something else."""
     try:
-        patch = tensors["patch_embedding.weight"]
-        ffn = tensors["blocks.0.ffn.0.weight"].shape[0]
+        return _config_of_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
     except KeyError as missing:
         raise checkpoint.CheckpointError(f"not a Wan2.1-shaped transformer: {missing} is missing") from missing
-    dim, in_channels = patch.shape[:2]
-    layers = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks."))
-    talking = MODELS["flash-1.3b"]
+
+
+def _config_of_shapes(shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
+    """Wan2.1 has heads of 128 channels in all its sizes."""
+    patch = shapes["patch_embedding.weight"]
+    if len(patch) != 5 or patch[0] % 128:
+        raise checkpoint.CheckpointError(
+            f"not a Wan2.1-shaped transformer: patch_embedding.weight is {list(patch)}, must be "
+            "[dim, channels, 1, height, width] with dim a multiple of 128"
+        )
     return replace(
         MODELS["wan-i2v-1.3b"],
-        dim=dim,
-        ffn_dim=ffn,
-        layers=layers,
-        heads=dim // 128,
-        in_channels=in_channels,
-        patch=(patch.shape[3], patch.shape[4]),
-        image_dim=1280 if "img_emb.proj.1.weight" in tensors else 0,
-        audio=talking.audio if "proj_model.proj.weight" in tensors else None,
-        face=talking.face if "face_proj.proj_in.weight" in tensors else None,
+        dim=patch[0],
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        layers=_count(shapes, "blocks"),
+        heads=patch[0] // 128,
+        in_channels=patch[1],
+        patch=(patch[3], patch[4]),
+        image_dim=shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else 0,
+        audio=_audio_of_shapes(shapes) if "proj_model.proj.weight" in shapes else None,
+        face=_face_of_shapes(shapes) if "face_proj.proj_in.weight" in shapes else None,
     )
+
+
+def _audio_of_shapes(shapes: dict[str, tuple[int, ...]]) -> AudioConfig:
+    width, features = shapes["proj_model.proj.weight"]
+    return AudioConfig(features=features, width=width)
+
+
+def _face_of_shapes(shapes: dict[str, tuple[int, ...]]) -> FaceConfig:
+    """The published resamplers have heads of 64 channels."""
+    dim, features = shapes["face_proj.proj_in.weight"]
+    depth, queries = _count(shapes, "face_proj.layers"), shapes["face_proj.latents"][1]
+    return FaceConfig(features, dim, depth, dim // 64, queries, width=shapes["face_proj.proj_out.weight"][0])
+
+
+def detect_vae_config(tensors: checkpoint.Tensors) -> WanVAEConfig:
+    """Widths of an autoencoder of Wan2.1's kind from its tensors. CheckpointError when it is something else."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        dim, latent_channels = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
+        levels = _vae_levels(shapes)
+    except KeyError as missing:
+        raise checkpoint.CheckpointError(f"not the autoencoder of Wan2.1: {missing} is missing") from missing
+    if latent_channels != WanVAEConfig().latent_channels:
+        raise checkpoint.CheckpointError(
+            f"an autoencoder of {latent_channels} latent channels: only Wan2.1's {WanVAEConfig().latent_channels} are known"
+        )
+    return WanVAEConfig(
+        dim=dim,
+        multipliers=tuple(widths[-1] // dim for widths, _ in levels),
+        blocks=len(levels[0][0]),
+        halve_time=tuple(halves for _, halves in levels[:-1]),
+    )
+
+
+def _vae_levels(shapes: dict[str, tuple[int, ...]]) -> list[tuple[list[int], bool]]:
+    """Of each level of the encoder: widths of its residual blocks, and whether the frame rate is halved after it."""
+    levels: list[tuple[list[int], bool]] = [([], False)]
+    for i in range(_count(shapes, "encoder.downsamples")):
+        layer = f"encoder.downsamples.{i}"
+        if f"{layer}.resample.1.weight" in shapes:
+            levels[-1] = (levels[-1][0], f"{layer}.time_conv.weight" in shapes)
+            levels.append(([], False))
+        else:
+            levels[-1][0].append(shapes[f"{layer}.residual.2.weight"][0])
+    if not all(widths for widths, _ in levels):
+        raise KeyError("a residual block of encoder.downsamples")
+    return levels
+
+
+def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
+    """One more than the largest number that follows the prefix in a name."""
+    numbers = [n[len(prefix) + 1 :].split(".")[0] for n in shapes if n.startswith(prefix + ".")]
+    return 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)

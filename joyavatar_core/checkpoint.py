@@ -10,10 +10,11 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import tempfile
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,12 @@ Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
 
 TRANSLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
-    # family: (prefix or part to remove or replace, replacement), applied in order to every key
+    # family: (pattern, replacement), applied in order to every key
     "joyavatar": (),
     "wan": (),
-    "comfyui": (("model.diffusion_model.", ""), ("diffusion_model.", "")),
-    "self-forcing": (("_fsdp_wrapped_module.", ""), ("model.", "")),
-    "fantasytalking": (("audio_processor.", ""),),
+    "comfyui": ((r"^(model\.)?diffusion_model\.", ""),),
+    "self-forcing": ((r"_fsdp_wrapped_module\.", ""), (r"^model\.", "")),
+    "fantasytalking": ((r"^audio_processor\.", ""),),
 }
 """How the key names of each family become ours."""
 
@@ -47,7 +48,7 @@ def translate(tensors: Mapping[str, Tensor], family: str) -> Tensors:
     out: Tensors = {}
     for name, tensor in tensors.items():
         for old, new in TRANSLATIONS[family]:
-            name = name.replace(old, new)
+            name = re.sub(old, new, name)
         if name in out:
             raise CheckpointError(f"two keys of the file become {name!r}: is this really a {family} checkpoint?")
         out[name] = tensor
@@ -114,16 +115,36 @@ def load_into(module: Module, tensors: Mapping[str, Tensor], what: str) -> Modul
     return module
 
 
-def load_module(path: str | Path, build: Callable[[dict[str, str], Tensors], Module], what: str) -> Module:
-    """Read a file, build the module it describes on the meta device and fill it.
+def read_merged(paths: Sequence[str | Path]) -> tuple[Tensors, dict[str, str]]:
+    """Tensors of several files under our names, and their metadata; the last file that has an entry wins.
+
+    Raises CheckpointError if two files hold the same tensor.
+    """
+    merged: Tensors = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        tensors, entries = read(path)
+        tensors = translate(tensors, detect_family(tensors))
+        twice = sorted(merged.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(f"{Path(path).name} holds again: " + "; ".join(_listed("twice", twice)))
+        merged |= tensors
+        metadata |= entries
+    return merged, metadata
+
+
+def load_module(
+    paths: str | Path | Sequence[str | Path], build: Callable[[dict[str, str], Tensors], Module], what: str
+) -> Module:
+    """Read a file, or several as one, build the module described there on the meta device and fill it.
 
     build: from (metadata, translated tensors) to an empty module.
     """
-    tensors, metadata = read(path)
-    tensors = translate(tensors, detect_family(tensors))
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    tensors, metadata = read_merged(paths)
     with torch.device("meta"):
         module = build(metadata, tensors)
-    return load_into(module, tensors, f"{Path(path).name} as {what}").eval()
+    return load_into(module, tensors, f"{', '.join(Path(p).name for p in paths)} as {what}").eval()
 
 
 def config_to_json(config: Any) -> str:

@@ -97,7 +97,8 @@ class TemporalPool(nn.Module):
         self.conv = ops.Conv2d(width * stride, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.reshape(-1, self.stride * x.shape[1], *x.shape[2:]))
+        frames = x.permute(0, 2, 3, 1).unflatten(0, (-1, self.stride))  # [n, s, h, w, C]: the layout convolutions like
+        return self.conv(frames.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2))
 
 
 class TemporalGrow(nn.Module):
@@ -109,7 +110,8 @@ class TemporalGrow(nn.Module):
         self.conv = ops.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).reshape(-1, *x.shape[1:])
+        frames = self.conv(x).permute(0, 2, 3, 1).unflatten(3, (self.stride, -1))  # [n, h, w, s, C]
+        return frames.permute(0, 3, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 class FoldedGrow(nn.Module):

@@ -86,7 +86,7 @@ def unbroken(path: Path, frames: int = 45, **options) -> Path:
 
 
 def test_file_has_every_frame_all_the_sound_and_the_metadata(tmp_path):
-    path = unbroken(tmp_path / "new folder" / "имя с пробелом 音.mp4")
+    path = unbroken(tmp_path / "new folder" / "имя и 音 ü.mp4")
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     times, frames = video_of(path)
     assert times == [Fraction(i, 16) for i in range(45)]
@@ -108,11 +108,18 @@ def test_file_has_every_frame_all_the_sound_and_the_metadata(tmp_path):
 
 
 def test_colours_are_true(tmp_path):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 120, 90)]
+    """Y Cb Cr by Rec. ITU-R BT.709 (limited range), read from the planes: PyAV before 17 turns all back as BT.601."""
+    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 120, 90)])
     with VideoWriter(tmp_path / "a.mp4", 64, 64, **OPTIONS) as writer:
-        writer.write(np.stack([np.full((64, 64, 3), colour, np.uint8) for colour in colours]))
-    _, frames = video_of(tmp_path / "a.mp4")
-    assert np.abs(frames[:, 32, 32].astype(int) - colours).max() <= 4
+        writer.write(np.broadcast_to(colours[:, None, None], (4, 64, 64, 3)).astype(np.uint8))
+    red, green, blue = colours.T / 255
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    expected = np.stack(
+        [16 + 219 * luma, 128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748], axis=1
+    )
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        got = [[bytes(plane)[0] for plane in frame.planes] for frame in container.decode(video=0)]
+    assert np.abs(got - expected).max() <= 2
 
 
 @pytest.mark.parametrize("fps", [24, 25, 30, Fraction(30000, 1001)])
@@ -255,7 +262,7 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
 def test_exception_and_ctrl_c_cancel(tmp_path):
     for error in (RuntimeError, KeyboardInterrupt):
         path = tmp_path / "a.mp4"
-        with pytest.raises(error), VideoWriter(path, 64, 64, **OPTIONS) as writer:  # noqa: PT012
+        with pytest.raises(error), VideoWriter(path, 64, 64, **OPTIONS) as writer:
             writer.write_audio(make_sound(45))
             writer.write(make_frames(0, 14))
             raise error
@@ -268,7 +275,7 @@ def test_exception_and_ctrl_c_cancel(tmp_path):
 
 def test_write_that_is_broken_off_half_way_ends_at_the_last_segment(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
-    with pytest.raises(KeyboardInterrupt), VideoWriter(path, 64, 64, **OPTIONS) as writer:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), VideoWriter(path, 64, 64, **OPTIONS) as writer:
         writer.write_audio(make_sound(45))
         writer.write(make_frames(0, 14))
 

@@ -125,6 +125,7 @@ class FoldedGrow(nn.Module):
         super().__init__()
         self.stride = grow.stride
         self.width = conv.out_channels
+        self.weight: Tensor
         self.register_buffer("weight", _fold(grow, conv), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,9 +268,7 @@ def _fold_layers(layers: list[nn.Module]) -> Iterable[nn.Module]:
         yield layer
 
 
-def _run(
-    layers: nn.Sequential, x: Tensor, batch: int, state: StreamTensors | None
-) -> tuple[Tensor, StreamTensors]:
+def _run(layers: nn.Sequential, x: Tensor, batch: int, state: StreamTensors | None) -> tuple[Tensor, StreamTensors]:
     """Run [(B T), C, H, W] through the layers; `state` holds the last input of each memory block, by its place."""
     blocks = [layer for layer in layers if isinstance(layer, MemoryBlock)]
     names = {layer: f"memory.{i}" for i, layer in enumerate(blocks)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from .wan_vae import WanVAE, WanVAEConfig
 
 FrontEndMaker = Callable[[Geometry], AudioFrontEnd]
 
+ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_FILES = {"model": "tiny.safetensors", "autoencoder": "tiny-autoencoder.safetensors"}
 
 
@@ -82,10 +82,11 @@ class Avatar:
         if self.model.config.has_image_channels:
             channels = image_channels(self.autoencoder, picture.to(self.device, self.dtype))
         image = encoded.image
-        if image is None and channels is not None and _takes_reference_tokens(self.model.config):
+        if image is None and channels is not None and takes_reference_tokens(self.model.config):
             image = reference_tokens(channels.picture, self.model.config.patch)
-        kv = self.model.condition(*(None if t is None else t.to(self.device, self.dtype) for t in
-                                    (encoded.text, image, encoded.face)))  # fmt: skip
+        kv = self.model.condition(
+            *(None if t is None else t.to(self.device, self.dtype) for t in (encoded.text, image, encoded.face))
+        )
         return Condition(kv, channels)
 
     def stream(
@@ -102,7 +103,7 @@ class Avatar:
         return AvatarStream(LatentStream(rollout, self.front_end(geometry)), self.autoencoder)
 
 
-def _takes_reference_tokens(config: ModelConfig) -> bool:
+def takes_reference_tokens(config: ModelConfig) -> bool:
     """Whether the model's image tokens are patches of the picture's latent (embedded model) and not CLIP-vision's."""
     return config.image_dim == config.out_channels * config.patch[0] * config.patch[1]
 
@@ -122,9 +123,8 @@ def load_embedded(
     device: str = "cpu", dtype: torch.dtype | None = None, ops: Any = nn, attention: AttentionFn = sdpa
 ) -> Avatar:
     """The model in the package: drawn avatars, 16 fps, log-mel audio; no download."""
-    folder = resources.files(__package__) / "assets"
-    model = load_model(Path(str(folder / EMBEDDED_FILES["model"])), ops, attention)
-    autoencoder = load_light_autoencoder(Path(str(folder / EMBEDDED_FILES["autoencoder"])), ops)
+    model = load_model(ASSETS / EMBEDDED_FILES["model"], ops, attention)
+    autoencoder = load_light_autoencoder(ASSETS / EMBEDDED_FILES["autoencoder"], ops)
     return assemble_embedded(model, autoencoder, device, dtype)
 
 
@@ -149,9 +149,7 @@ def assemble_embedded(
     return Avatar(model, light.folded(), LogMel, place, dtype)
 
 
-def load_model(
-    paths: str | Path | Sequence[str | Path], ops: Any = nn, attention: AttentionFn = sdpa
-) -> JoyAvatarDiT:
+def load_model(paths: str | Path | Sequence[str | Path], ops: Any = nn, attention: AttentionFn = sdpa) -> JoyAvatarDiT:
     """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes).
 
     Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights.
@@ -247,10 +245,9 @@ def detect_vae_config(tensors: checkpoint.Tensors) -> WanVAEConfig:
         levels = _vae_levels(shapes)
     except KeyError as missing:
         raise checkpoint.CheckpointError(f"not the autoencoder of Wan2.1: {missing} is missing") from missing
-    if latent_channels != WanVAEConfig().latent_channels:
-        raise checkpoint.CheckpointError(
-            f"an autoencoder of {latent_channels} latent channels: only Wan2.1's {WanVAEConfig().latent_channels} are known"
-        )
+    known = WanVAEConfig().latent_channels
+    if latent_channels != known:  # mean and deviation of the latents are not in the file
+        raise checkpoint.CheckpointError(f"an autoencoder of {latent_channels} latent channels: Wan2.1's has {known}")
     return WanVAEConfig(
         dim=dim,
         multipliers=tuple(widths[-1] // dim for widths, _ in levels),

@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import re
-import tempfile
+import struct
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -86,16 +86,23 @@ def read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file through a temporary name, so that the path never holds half a file."""
+    """Write a safetensors file through a temporary name, so that the path never holds half a file.
+
+    Raises OSError if it cannot be written; an older file at the path is then as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, temporary, dict(metadata))
+        temporary.chmod(mode)  # safetensors makes files that nobody else can read
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_into(module: Module, tensors: Mapping[str, Tensor], what: str) -> Module:
@@ -106,8 +113,11 @@ def load_into(module: Module, tensors: Mapping[str, Tensor], what: str) -> Modul
     own = module.state_dict()
     problems = _listed("missing", sorted(own.keys() - tensors.keys()))
     problems += _listed("left over", sorted(tensors.keys() - own.keys()))
-    wrong = [f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}" for n, t in own.items() if n in tensors
-             and tensors[n].shape != t.shape]  # fmt: skip
+    wrong = [
+        f"{n} {tuple(tensors[n].shape)} instead of {tuple(t.shape)}"
+        for n, t in own.items()
+        if n in tensors and tensors[n].shape != t.shape
+    ]
     problems += _listed("of another shape", wrong)
     if problems:
         raise CheckpointError(f"{what} does not fit: " + "; ".join(problems))
@@ -127,7 +137,7 @@ def read_merged(paths: Sequence[str | Path]) -> tuple[Tensors, dict[str, str]]:
         tensors = translate(tensors, detect_family(tensors))
         twice = sorted(merged.keys() & tensors.keys())
         if twice:
-            raise CheckpointError(f"{Path(path).name} holds again: " + "; ".join(_listed("twice", twice)))
+            raise CheckpointError(f"{Path(path).name} repeats tensors of another file: {_listed('twice', twice)[0]}")
         merged |= tensors
         metadata |= entries
     return merged, metadata
@@ -156,9 +166,12 @@ Config = TypeVar("Config")
 
 
 def config_from_json(kind: type[Config], text: str) -> Config:
-    """The config dataclass back from its JSON; unknown keys are errors."""
+    """The config dataclass back from its JSON. CheckpointError for unknown or missing keys or anything else."""
     try:
-        return _build(kind, json.loads(text))
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise TypeError(f"{text[:40]!r} is not a JSON object")
+        return _build(kind, value)
     except (TypeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"the file's {kind.__name__} cannot be read: {error}") from error
 
@@ -188,18 +201,26 @@ def _listed(what: str, names: list[str], most: int = 5) -> list[str]:
     return [f"{len(names)} {what}: {', '.join(names[:most])}{more}"]
 
 
+# what torch's unpickler runs into on bytes that are no pickle
+_UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, AssertionError,
+               struct.error)  # fmt: skip
+
+
 def _read_pickle(path: Path) -> Tensors:
     """A public .pth file: a state dict, possibly one level down under a well-known name."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path.name} holds more than weights and is refused: convert it to safetensors") from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path.name} holds more than weights: convert it to safetensors") from error
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path.name} cannot be read as weights only ({error})") from error
     for name in ("generator_ema", "generator", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break
+    if isinstance(content, dict) and content and all(isinstance(v, dict) for v in content.values()):
+        # FantasyTalking's file
+        content = {f"{part}.{name}": v for part, inner in content.items() for name, v in inner.items()}
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path.name} is not a plain dictionary of tensors")
     return content

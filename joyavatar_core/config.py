@@ -66,8 +66,10 @@ class ModelConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.dim % self.heads or (self.dim // self.heads) % 2:
-            raise ValueError(f"dim {self.dim} must be an even multiple of heads {self.heads}")
+        if min(self.dim, self.heads, self.layers) < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(
+                f"dim {self.dim} must be an even multiple of heads {self.heads}, and layers {self.layers} positive"
+            )
         if self.in_channels not in (self.out_channels, 2 * self.out_channels + 4):
             raise ValueError(
                 f"in_channels {self.in_channels}: must be {self.out_channels} (text to video) or "

@@ -1,7 +1,8 @@
 """The transformer: Wan2.1's, with per-latent timesteps, audio and face cross-attention, and a cache passed in.
 
 Parameter names are Wan2.1's (825 tensors for text to video at 1.3B, 983 for image to video), FantasyTalking's for
-audio (`proj_model`, `cross_attn.processor`) and Lynx's for the face (`to_k_ip`, `to_v_ip`); docs/key_names.md lists them.
+audio (`proj_model`, `cross_attn.processor`) and Lynx's for the face (`to_k_ip`, `to_v_ip`);
+docs/key_names.md lists them.
 
 Shape legend: B batch, C channels, F latent frames of the window (motion frame included), h w latent size,
 P tokens of a latent frame, L = F * P, W audio tokens of a latent frame, D dim, heads, head_dim.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +54,16 @@ class AudioKV:
             (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))
             for layer in zip(*(p.layers for p in parts), strict=True)
         )
-        valid = None if parts[0].valid is None else torch.cat([p.valid for p in parts if p.valid is not None])
-        return AudioKV(layers, valid)
+        known = [p.valid for p in parts if p.valid is not None]
+        if not known:
+            return AudioKV(layers, None)
+        return AudioKV(layers, torch.cat([known[0].new_ones(p.shape) if p.valid is None else p.valid for p in parts]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Latent frames and tokens of each: (F, W)."""
+        frames, tokens = self.layers[0][0].shape[1:3]
+        return frames, tokens
 
 
 class Context(Protocol):
@@ -261,17 +270,17 @@ class JoyAvatarDiT(nn.Module):
             image: [B, L, image_dim] image tokens (CLIP-vision: 257 of 1280).
             face: [B, features] face embedding.
         """
-        attend = [b.cross_attn for b in self.blocks]
+        attend = [cast(Block, b).cross_attn for b in self.blocks]
         parts: dict[str, tuple[KV, ...]] = {}
         if self.config.text_dim:
             tokens = self.text_embedding(_padded(_given("text", text), self.config.text_len))
-            parts["text"] = tuple(a.text_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+            parts["text"] = tuple(a.text_kv(tokens) for a in attend)
         if self.config.image_dim:
             tokens = self.img_emb(_given("image", image))
-            parts["image"] = tuple(a.image_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+            parts["image"] = tuple(a.image_kv(tokens) for a in attend)
         if self.config.face and face is not None:
             tokens = self.face_proj(face)
-            parts["face"] = tuple(a.face_kv(tokens) for a in attend)  # pyright: ignore[reportCallIssue]
+            parts["face"] = tuple(a.face_kv(tokens) for a in attend)
         return ConditionKV(**parts)
 
     def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
@@ -279,7 +288,7 @@ class JoyAvatarDiT(nn.Module):
         projected = self.proj_model(tokens)
         if self.config.audio and self.config.audio.kind == "window":
             valid = None  # the projector has mixed the tokens
-        layers = tuple(b.cross_attn.audio_kv(projected) for b in self.blocks)  # pyright: ignore[reportCallIssue]
+        layers = tuple(cast(Block, b).cross_attn.audio_kv(projected) for b in self.blocks)
         return AudioKV(layers, valid)
 
     def forward(
@@ -307,10 +316,9 @@ class JoyAvatarDiT(nn.Module):
         """
         batch, _, frames, h, w = x.shape
         assert len(positions) == frames == timesteps.shape[-1], (len(positions), frames, timesteps.shape)
-        dtype = self.time_embedding[0].bias.dtype if self.config.dim else x.dtype
         tokens = self._embed(x)
         time = self._time(timesteps.expand(batch, frames), tokens.dtype)  # [B, F, D]
-        levels = self.time_projection(time.to(dtype)).unflatten(-1, (6, -1))
+        levels = self.time_projection(time).unflatten(-1, (6, -1))
         table = self._table(tuple(positions), past, (h, w), tokens)
         kvs: list[KV] = []
         for i, block in enumerate(self.blocks):

@@ -1,4 +1,4 @@
-"""Noise as a function of (seed, block, forward): the same whatever the chunking of the audio, or a resume, or the device.
+"""Noise as a function of (seed, block, forward), whatever the chunking of the audio, a resume, or the device.
 
 Shape legend: any shape the caller gives; always drawn on the CPU in float32.
 """

@@ -1,4 +1,4 @@
-"""The rollout the plain way: written once from the papers, then frozen. A second opinion for tests, the bench's baseline.
+"""The rollout the plain way: written once, then frozen. A second opinion for the tests and the bench's baseline.
 
 Everything the engine is clever about is done here as the public code of this family does it: keys of all held blocks
 are kept in Python lists, concatenated and rotated by complex numbers in float64 at every forward; keys and values of
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,8 @@ class PlainRollout:
             if window < WINDOW:
                 levels.append({b: SUB[stage[b]] for b in members})
             levels.append({b: (*MAIN, 0.0)[stage[b] + 1] for b in members})
-            for here, after in zip(levels[:-1], levels[1:], strict=True):
+            kv = []
+            for here, after in pairwise(levels):
                 kv = self._pass(members, noisy, passes, here, after, clean)
                 for b in members:
                     passes[b] += 1
@@ -67,7 +69,7 @@ class PlainRollout:
                 self._finish(members[0], noisy.pop(members[0]), kv, clean)
         return torch.cat(clean, dim=2)
 
-    def _pass(self, members, noisy, passes, here, after, clean):  # noqa: ANN001, ANN202
+    def _pass(self, members, noisy, passes, here, after, clean):
         shape = (1, self.model.config.out_channels, BLOCK, *self.image.shape[-2:])
         for b in members:
             if b not in noisy:
@@ -86,7 +88,9 @@ class PlainRollout:
             sigma = self._warp(after[b]) / 1000
             noise = self.noise(b, passes[b] + 1, shape, "latents")
             noisy[b] = (1 - sigma) * x0[:, :, i * BLOCK : (i + 1) * BLOCK] + sigma * noise
-        return [(k[:, motion * p : (motion + BLOCK) * p], val[:, motion * p : (motion + BLOCK) * p]) for k, val, p in kv]
+        return [
+            (k[:, motion * p : (motion + BLOCK) * p], val[:, motion * p : (motion + BLOCK) * p]) for k, val, p in kv
+        ]
 
     def _finish(self, block: int, latents: Tensor, kv: list, clean: list[Tensor]) -> None:
         if self.clean_pass:
@@ -130,8 +134,9 @@ class PlainRollout:
         e = (block.modulation.to(wide) + levels.to(wide)).repeat_interleave(p, dim=1).unbind(2)  # 6 of [1, L, D]
         y = (F.layer_norm(x.to(wide), x.shape[-1:], eps=config.eps) * (1 + e[1]) + e[0]).to(x.dtype)
         att = block.self_attn
-        q, k = (norm(proj(y)).unflatten(-1, (config.heads, -1)) for norm, proj in
-                ((att.norm_q, att.q), (att.norm_k, att.k)))  # fmt: skip
+        q, k = (
+            norm(proj(y)).unflatten(-1, (config.heads, -1)) for norm, proj in ((att.norm_q, att.q), (att.norm_k, att.k))
+        )
         v = att.v(y).unflatten(-1, (config.heads, -1))
         places, window, grid = where
         keys = torch.cat([*(h[0] for h in past), k], dim=1)
@@ -172,10 +177,8 @@ def plain_decode(autoencoder: LightAutoencoder, latents: Tensor) -> Tensor:
     """All latents [1, C, F, h, w] at once -> video [1, 3, T, H, W]: every layer over the whole clip."""
     x = autoencoder._denormalise(latents)[0].transpose(0, 1).contiguous()
     for layer in autoencoder.decoder:
-        if isinstance(layer, MemoryBlock):
-            x = layer(x, torch.cat([torch.zeros_like(x[:1]), x[:-1]]))
-        else:
-            x = layer(x)
+        past = [torch.cat([torch.zeros_like(x[:1]), x[:-1]])] if isinstance(layer, MemoryBlock) else []
+        x = layer(x, *past)
     frames = F.pixel_shuffle(x, autoencoder.config.patch)[3:]
     return frames.clamp(0, 1).transpose(0, 1)[None] * 2 - 1
 

@@ -232,7 +232,7 @@ class Rollout:
         return self.policy.window_start(first)
 
     def _audio(self, state: RolloutState, blocks: list[int], lead: int) -> AudioKV | None:
-        if not state.audio:
+        if not state.audio or self.model.config.audio is None:
             return None
         parts = [self._audio_kv(state, b) for b in blocks]
         if lead:

@@ -30,6 +30,13 @@ def rotary_table(
 
     In steady state of URCR the indices repeat, so the last tables are kept.
     """
+    with torch.inference_mode(False):  # a kept table may be used in training later
+        return _table(positions, grid, head_dim, dtype, device)
+
+
+def _table(
+    positions: tuple[int, ...], grid: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     rows, columns = grid
     axes = (positions, range(rows), range(columns))
     angles = [_angles(torch.tensor(list(p)), d) for p, d in zip(axes, axis_dims(head_dim), strict=True)]

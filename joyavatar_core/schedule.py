@@ -40,7 +40,7 @@ class DenoiseStep:
 
 
 def warp(timestep: float, shift: float) -> float:
-    """Timestep the model sees for a schedule index (both 1000 .. 0): 1000 s u / (1 + (s - 1) u), u = timestep / 1000."""
+    """Timestep the model sees for a schedule index, both 1000 .. 0: 1000 s u / (1 + (s - 1) u), u = index / 1000."""
     u = timestep / 1000
     return 1000 * shift * u / (1 + (shift - 1) * u)
 

@@ -8,6 +8,7 @@ Token t of a stream is the one whose receptive field is the samples [320 t, 320 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -318,6 +319,9 @@ def _frozen(model: Wav2Vec2Model) -> Wav2Vec2Model:
 
 def _load_folder(folder: Path) -> Wav2Vec2Model:
     transformers = require("transformers", "the wav2vec2 front end")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind != "wav2vec2":
+        raise ValueError(f"{folder}: its config.json is of a model of type {kind}: a wav2vec2 model is needed")
     try:
         model, info = transformers.Wav2Vec2Model.from_pretrained(
             folder, local_files_only=True, output_loading_info=True

@@ -11,9 +11,15 @@ from joyavatar_core.autoencoder import AUTOENCODERS, AutoencoderConfig, LightAut
 from joyavatar_core.conditioning import image_channels
 
 SMALL = AutoencoderConfig(
-    latent_channels=4, patch=2, encoder_widths=(4, 6, 8), decoder_widths=(8, 6, 6, 4), encoder_blocks=(1, 2, 2),
-    decoder_blocks=(1, 2, 1), latent_mean=(0.1, 0.2, 0.3, 0.4), latent_std=(1.0, 2.0, 0.5, 1.5),
-)  # fmt: skip
+    latent_channels=4,
+    patch=2,
+    encoder_widths=(4, 6, 8),
+    decoder_widths=(8, 6, 6, 4),
+    encoder_blocks=(1, 2, 2),
+    decoder_blocks=(1, 2, 1),
+    latent_mean=(0.1, 0.2, 0.3, 0.4),
+    latent_std=(1.0, 2.0, 0.5, 1.5),
+)
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,18 @@ def frames_of(path: Path) -> np.ndarray:
 
 
 def words(picture: Path, sound: Path | str, output: Path, *more: str) -> list[str]:
-    return ["generate", "--image", str(picture), "--audio", str(sound), "--output", str(output), "--size", "64x64", *more]
+    return [
+        "generate",
+        "--image",
+        str(picture),
+        "--audio",
+        str(sound),
+        "--output",
+        str(output),
+        "--size",
+        "64x64",
+        *more,
+    ]
 
 
 def test_picture_and_voice_to_file(picture: Path, tmp_path: Path) -> None:
@@ -84,8 +95,17 @@ def test_output_frame_rates(picture: Path, tmp_path: Path, fps: str, frames: int
     assert len(frames_of(tmp_path / "o.mp4")) == frames
 
 
-@pytest.mark.parametrize("more", [["--no-psb"], ["--no-mci"], ["--policy", "self-forcing"], ["--rope-limit", "60"],
-                                  ["--local-blocks", "6", "--sink-blocks", "2"], ["--kv-level", "clean"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--no-psb"],
+        ["--no-mci"],
+        ["--policy", "self-forcing"],
+        ["--rope-limit", "60"],
+        ["--local-blocks", "6", "--sink-blocks", "2"],
+        ["--kv-level", "clean"],
+    ],
+)
 def test_rollout_options_run(picture: Path, tmp_path: Path, more: list[str]) -> None:
     sound = write_sound(tmp_path / "s.wav", 1.0)
     assert main(words(picture, sound, tmp_path / "o.mp4", *more)) == 0
@@ -166,7 +186,7 @@ def test_interrupt_finishes_the_file(picture: Path, tmp_path: Path) -> None:
     assert len(frames_of(cancelled)) > 8 and not out.exists()
 
 
-def test_resume_without_a_run_and_with_other_settings(picture: Path, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_resume_without_a_run_and_with_other_settings(picture: Path, tmp_path: Path, capsys) -> None:
     sound, out = write_sound(tmp_path / "s.wav", 1.0), tmp_path / "o.mp4"
     assert main(words(picture, sound, out, "--resume")) == 2
     assert "nothing to resume" in capsys.readouterr().err
@@ -185,7 +205,7 @@ def test_resume_without_a_run_and_with_other_settings(picture: Path, tmp_path: P
         (["--pcm", "x", "--audio", "-"], "RATE:CHANNELS:FORMAT"),
     ],
 )
-def test_bad_options_end_in_one_line(picture: Path, tmp_path: Path, capsys, more: list[str], word: str) -> None:  # noqa: ANN001
+def test_bad_options_end_in_one_line(picture: Path, tmp_path: Path, capsys, more: list[str], word: str) -> None:
     sound = write_sound(tmp_path / "s.wav", 0.5)
     assert main(words(picture, sound, tmp_path / "o.mp4", *more)) == 2
     said = capsys.readouterr().err.strip()
@@ -193,7 +213,7 @@ def test_bad_options_end_in_one_line(picture: Path, tmp_path: Path, capsys, more
     assert not list(tmp_path.glob("o.*"))
 
 
-def test_empty_and_broken_files(picture: Path, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_empty_and_broken_files(picture: Path, tmp_path: Path, capsys) -> None:
     empty_sound = write_sound(tmp_path / "empty.wav", 0)
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:100])
@@ -205,7 +225,7 @@ def test_empty_and_broken_files(picture: Path, tmp_path: Path, capsys) -> None: 
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_folder(picture: Path, tmp_path: Path, capsys) -> None:  # noqa: ANN001
+def test_unwritable_folder(picture: Path, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o500)
     sound = write_sound(tmp_path / "s.wav", 0.5)
@@ -213,19 +233,19 @@ def test_unwritable_folder(picture: Path, tmp_path: Path, capsys) -> None:  # no
     assert "locked" in capsys.readouterr().err
 
 
-def test_schedule_command(capsys) -> None:  # noqa: ANN001
+def test_schedule_command(capsys) -> None:
     assert main(["schedule", "--blocks", "6"]) == 0
     said = capsys.readouterr().out
     assert "steps per block: 8, 7, 6, 5, 4, 4" in said and "-> B1 clean" in said
     assert main(["schedule", "--policy", "self-forcing", "--blocks", "2"]) == 0
 
 
-def test_doctor_says_ready(capsys) -> None:  # noqa: ANN001
+def test_doctor_says_ready(capsys) -> None:
     assert main(["doctor"]) == 0
     assert "ready" in capsys.readouterr().out
 
 
-def test_bench_ends_in_json(capsys) -> None:  # noqa: ANN001
+def test_bench_ends_in_json(capsys) -> None:
     assert main(["bench", "--blocks", "8", "--size", "64x64", "--random", "--baseline", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     keys = {"dit_fps", "decode_fps", "end_to_end_fps", "first_frame_s", "peak_rss_mb", "baseline_end_to_end_fps"}

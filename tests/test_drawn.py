@@ -155,11 +155,26 @@ def test_saved_model_comes_back_and_its_latents_are_normal(tmp_path: Path) -> No
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_schedule_warms_up_and_falls() -> None:
-    recipe = trainer.Recipe(minutes=1)
-    rates = [trainer.learning_rate(recipe, 10_000, p) for p in np.linspace(0, 1, 11)]
-    assert rates[0] == recipe.learning_rate and rates == sorted(rates, reverse=True) and rates[-1] > 0
-    assert trainer.learning_rate(recipe, 0, 0) < recipe.learning_rate / 50
+def test_initial_latents_are_normal_and_differ_from_each_other() -> None:
+    torch.manual_seed(0)
+    model = LightAutoencoder(replace(SMALL, latent_channels=3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    videos = [torch.rand(4, 3, 5, 64, 64) * 2 - 1 for _ in range(2)]
+    trainer.initialise(model, videos, 0)
+    with torch.no_grad():
+        latents = torch.cat([model.encode(v) for v in videos]).transpose(0, 1).flatten(1)
+    assert latents.mean(1).abs().max() < 1e-2
+    assert torch.allclose(torch.cov(latents), torch.eye(3), atol=0.02)
+
+
+def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
+    recipe = trainer.Recipe(batches=((5, 1),), crop=32, size=32, pool=2)
+    frames, found = next(trainer.batches(recipe, 0))
+    video, weights = trainer.as_video(frames), trainer.region_weights(torch.from_numpy(found), 32, 32, 3.0, 2.0)
+    state = trainer._begin(recipe, tmp_path, [video])
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    losses = [trainer._step(state, video, weights, 0.0)["loss"] for _ in range(12)]
+    still = [n for n, p in state.model.named_parameters() if p.grad is not None and torch.equal(p, before[n])]
+    assert not still and losses[-1] < losses[0]
 
 
 def test_recipe_refuses_a_crop_that_does_not_fit() -> None:

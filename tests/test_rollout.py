@@ -46,7 +46,7 @@ class RotatedKeys:
     def __init__(self, cache: KVCache) -> None:
         self.cache, self.now = cache, ()
 
-    def context(self, layer: int):  # noqa: ANN201
+    def context(self, layer: int):
         k, v = self.cache.context(layer)
         grid, dim = GEOMETRY.grid, SMALL.head_dim
         stored = tuple(self.start[b] + i for b in self.cache.blocks for i in range(3))
@@ -58,7 +58,7 @@ class RotatedKeys:
 def test_keys_cached_after_rope_fail_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model will rotate by `now`; undoing that and applying the stored rotation is a post-RoPE cache."""
 
-    def past_after_rope(self, state, first, cache=0):  # noqa: ANN001, ANN202
+    def past_after_rope(self, state, first, cache=0):
         past = original(self, state, first, cache)
         if past is None:
             return None
@@ -128,9 +128,15 @@ def test_every_policy_is_deterministic_and_bounded(name: str) -> None:
 def test_euler_with_one_cache_per_step_runs() -> None:
     """Live Avatar's update and cache rule on the same loop."""
     policy = RolloutPolicy(
-        timesteps=(1000, 857.6923, 602.1506, 8.9286), shift=1.0, bootstrap=0, window_blocks=1, update="euler",
-        kv_level="per_step", local_blocks=3, motion_frame=False,
-    )  # fmt: skip
+        timesteps=(1000, 857.6923, 602.1506, 8.9286),
+        shift=1.0,
+        bootstrap=0,
+        window_blocks=1,
+        update="euler",
+        kv_level="per_step",
+        local_blocks=3,
+        motion_frame=False,
+    )
     rollout = small_rollout(policy)
     out = roll(rollout, 7)
     assert out.shape[2] == 21 and out.isfinite().all()

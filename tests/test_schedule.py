@@ -93,8 +93,14 @@ def test_urcr_index_table_for_27() -> None:
     p = RolloutPolicy()
     held = {1: [0], 2: [0, 1], 3: [0, 1, 2], 4: [0, 1, 2, 3], 5: [0, 1, 2, 3, 4], 6: [0, 2, 3, 4, 5]}
     rows = {n: [p.context_start(b, n) for b in blocks] + [p.window_start(n)] for n, blocks in held.items()}
-    assert rows == {1: [0, 3], 2: [0, 3, 6], 3: [0, 3, 6, 9], 4: [0, 3, 6, 9, 12], 5: [0, 3, 6, 9, 12, 15],
-                    6: [0, 3, 6, 9, 12, 15]}  # fmt: skip
+    assert rows == {
+        1: [0, 3],
+        2: [0, 3, 6],
+        3: [0, 3, 6, 9],
+        4: [0, 3, 6, 9, 12],
+        5: [0, 3, 6, 9, 12, 15],
+        6: [0, 3, 6, 9, 12, 15],
+    }
 
 
 def test_urcr_sawtooth_for_51() -> None:

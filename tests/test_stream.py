@@ -32,8 +32,14 @@ def make_stream(seed: int = 0, front_end: type = LogMel, policy: RolloutPolicy |
     policy = policy or RolloutPolicy()
     torch.manual_seed(7)
     autoencoder = LightAutoencoder(
-        AutoencoderConfig(latent_channels=4, patch=1, encoder_widths=(4, 4, 4), decoder_widths=(4, 4, 4, 4),
-                          encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))  # fmt: skip
+        AutoencoderConfig(
+            latent_channels=4,
+            patch=1,
+            encoder_widths=(4, 4, 4),
+            decoder_widths=(4, 4, 4, 4),
+            encoder_blocks=(1, 1, 1),
+            decoder_blocks=(1, 1, 1),
+        )
     ).eval()
     model = small_model(dtype=torch.float32, config=MODEL)
     geometry = Geometry(32, 32, spatial=8, patch=MODEL.patch)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from joyavatar_core import flow
+from joyavatar_core.avatar import load_model
 from joyavatar_core.cache import KVCache
 from joyavatar_core.config import MODELS, AudioConfig, ModelConfig
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.model import JoyAvatarDiT, Past
 from joyavatar_core.policy import POLICIES, policy
+from joyavatar_core.schedule import warp
 from joyavatar_core.training import clips, common, encoded, flow_matching, preview, sequences
 from joyavatar_core.training.encoded import EncodedClips
 from joyavatar_core.training.sequences import Layout, Mixture
@@ -42,7 +44,7 @@ def test_sequence_of_steady_state_is_the_forward_of_inference():
     context = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
     assert STEADY.positions() == (*context, 14, *range(15, 27))
     levels = sequences.sample_levels(torch.Generator(), STEADY, 2, Mixture(exact=1, clean_motion=0, sink_late=1))
-    warped = [flow.warp(t, 5.0) for t in (125, 250, 250, 250, 250, 250, 500, 750, 1000)]
+    warped = [warp(t, 5.0) for t in (125, 250, 250, 250, 250, 250, 500, 750, 1000)]
     expected = [warped[0]] * 3 + [warped[1]] * 13 + [w for w in warped[5:] for _ in range(3)]
     assert torch.allclose(levels, torch.tensor(expected).expand(2, -1), atol=1e-3)
 
@@ -221,7 +223,7 @@ def test_training_learns_and_resumes_where_it_stopped(tmp_path: Path):
 def test_saved_transformer_loads(tmp_path: Path):
     state = small_training(tmp_path)
     flow_matching.save(state)
-    model = flow_matching.load_transformer(tmp_path / "transformer.safetensors")
+    model = load_model(tmp_path / "transformer.safetensors")
     assert model.config == state.model.config
     for name, tensor in state.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name

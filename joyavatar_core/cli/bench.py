@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +44,7 @@ class Setup:
     avatar: Avatar
     picture: Tensor
     blocks: int
-    policy: RolloutPolicy = RolloutPolicy()
+    policy: RolloutPolicy = field(default_factory=RolloutPolicy)
 
     def stream(self) -> AvatarStream:
         return self.avatar.stream(self.picture, self.policy, seed=0)
@@ -67,9 +67,13 @@ def run(args: argparse.Namespace) -> int:
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     setup = Setup(avatar, torch.nn.functional.avg_pool2d(picture, 9, 1, 4), args.blocks)
     figures: dict[str, object] = {
-        "config": args.config, "size": args.size, "threads": torch.get_num_threads(),
-        "dtype": str(avatar.dtype).removeprefix("torch."), "torch": torch.__version__, "frames": setup.frames,
-    }  # fmt: skip
+        "config": args.config,
+        "size": args.size,
+        "threads": torch.get_num_threads(),
+        "dtype": str(avatar.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "frames": setup.frames,
+    }
     figures |= parts(setup) | end_to_end(setup)
     if args.soak:
         figures |= soak(setup)
@@ -102,10 +106,10 @@ def parts(setup: Setup) -> dict[str, float]:
     latents = finished[1].to(setup.avatar.dtype)
     latent_range = rollout.geometry.latents_of_block(6)
     return {
-        "dit_fps": frames / _median(denoise),
-        "decode_fps": frames / _median(lambda: setup.avatar.autoencoder.decode_stream(latents, decoder)),
-        "features_fps": frames / _median(lambda: stream.latents.front_end.features(track, latent_range)),
-        "write_fps": _write_fps(to_uint8(video)),
+        "dit_fps": round(frames / _median(denoise), 1),
+        "decode_fps": round(frames / _median(lambda: setup.avatar.autoencoder.decode_stream(latents, decoder)), 1),
+        "features_fps": round(frames / _median(lambda: stream.latents.front_end.features(track, latent_range)), 1),
+        "write_fps": _write_fps(setup, to_uint8(video)),
     }
 
 
@@ -213,15 +217,11 @@ def _writer(setup: Setup, folder: Path) -> VideoWriter:
     )
 
 
-def _write_fps(frames: np.ndarray, repeats: int = 20) -> float:
-    height, width = frames.shape[1:3]
-    with tempfile.TemporaryDirectory() as folder:
-        writer = VideoWriter(Path(folder) / "w.mp4", width, height, source_fps=16, audio_rate=RATE, audio_channels=1,
-                             settings={})  # fmt: skip
-        with writer:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                writer.write(frames)
+def _write_fps(setup: Setup, frames: np.ndarray, repeats: int = 20) -> float:
+    with tempfile.TemporaryDirectory() as folder, _writer(setup, Path(folder)) as writer:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            writer.write(frames)
         return round(repeats * len(frames) / (time.perf_counter() - start), 1)
 
 
@@ -240,4 +240,3 @@ def _median(call: Callable[[], object], repeats: int = 15) -> float:
         call()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-

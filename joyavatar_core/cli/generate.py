@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import bisect
 import contextlib
 import json
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..avatar import Avatar, Encoded, load_embedded
+from ..avatar import ASSETS, Avatar, Encoded, load_embedded
 from ..generate import Progress, Resume, from_uint8, generate
 from ..geometry import Geometry
 from ..media.picture import fit_picture, read_picture
@@ -35,24 +34,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class HeardSound:
-    """Sound on its way to the engine: remembers when each second of it came, for the latency of live input."""
+    """Sound on its way to the engine: remembers when the newest of it came, for the latency of live input."""
 
     source: SoundFile | PcmPipe
-    seconds: list[float] = field(default_factory=list)
-    arrived: list[float] = field(default_factory=list)
+    arrivals: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
         total = 0
         for samples in self.source:
             total += samples.shape[1]
-            self.seconds.append(total / self.source.sample_rate)
-            self.arrived.append(time.perf_counter())
+            self.arrivals.append((total / self.source.sample_rate, time.perf_counter()))
             yield samples, self.source.sample_rate
 
     def arrival(self, second: float) -> float | None:
         """When the sound had reached this second; None if it never did."""
-        place = bisect.bisect_left(self.seconds, second)
-        return self.arrived[place] if place < len(self.arrived) else None
+        return next((moment for heard, moment in self.arrivals if heard >= second), None)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,10 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """`joyavatar demo`: generate with the built-in picture and voice."""
-    samples = resources.files("joyavatar_core") / "assets"
     out = Path(args.out)
-    words = ["generate", "--image", args.image or str(samples / "demo.png"), "--audio"]
-    words += [args.audio or str(samples / "demo.ogg"), "--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
+    words = ["generate", "--image", args.image or str(ASSETS / "demo.png"), "--audio"]
+    words += [args.audio or str(ASSETS / "demo.ogg"), "--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
     from .main import build_parser
 
     status = run(build_parser().parse_args(words))
@@ -96,7 +91,7 @@ class _Job:
     sound: HeardSound
     output: Path
     args: argparse.Namespace
-    lags: list[float] = field(default_factory=list)
+    lags: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
 
     def run(self, settings: dict[str, str]) -> Progress:
         resume = Resume(self.output.with_suffix(".state.safetensors"), self.args.checkpoint_blocks, self.args.resume)
@@ -169,7 +164,7 @@ def _sound(args: argparse.Namespace) -> HeardSound:
 
 def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
     """The model the options name, and what its encoders say of the picture and the prompt."""
-    device = args.device if args.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(args.device)
     dtype = DTYPES.get(args.dtype)
     if args.model == "tiny":
         return load_embedded(device, dtype), Encoded()
@@ -178,11 +173,22 @@ def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Enco
     return load_full_size(args, picture, device, dtype)
 
 
+def _device(name: str) -> str:
+    """The device to run on. ValueError if this torch or this machine has no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu, cuda, ...") from error
+    return name
+
+
 def _settings(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geometry) -> dict[str, str]:
     """What the file's metadata says of how it was made."""
     return {
         "seed": str(args.seed),
-        "model": Path(args.model).name,
+        "model": ",".join(Path(part).name for part in args.model.split(",")),
         "prompt": args.prompt,
         "size": f"{geometry.width}x{geometry.height}",
         "policy": json.dumps(asdict(policy)),
@@ -203,4 +209,3 @@ def _show(bar: Any, progress: Progress) -> None:
         bar.initial = bar.n = progress.blocks - 1
     bar.set_postfix_str(f"{progress.fps:.1f} fps")
     bar.update(progress.blocks - bar.n)
-

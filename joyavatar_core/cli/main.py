@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         return args.run(args)
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError, ImportError) as error:
         print(f"joyavatar: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -52,19 +52,19 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("generate", help="picture and sound to video")
     p.add_argument("--image", required=True, metavar="FILE")
-    p.add_argument("--audio", required=True, metavar="FILE|-", help="any file with sound; - reads PCM from standard input")
+    p.add_argument("--audio", required=True, metavar="FILE|-", help="any file with sound; -: PCM from standard input")
     p.add_argument("--output", required=True, metavar="FILE.mp4")
-    p.add_argument("--model", default="tiny", metavar="tiny|FILE", help="built-in model or a checkpoint (%(default)s)")
+    p.add_argument("--model", default="tiny", metavar="tiny|FILE[,FILE]", help="built-in model or checkpoint files")
     full = p.add_argument_group("full-size models")
     full.add_argument("--vae", metavar="FILE", help="Wan2.1 VAE or a light autoencoder (taew2_1)")
-    full.add_argument("--audio-encoder", metavar="PATH", help="wav2vec2 folder or file")
+    full.add_argument("--audio-encoder", metavar="PATH", help="wav2vec2 folder or .safetensors file")
     full.add_argument("--text-encoder", metavar="PATH", help="umT5 folder, or a file with a ready embedding")
     full.add_argument("--clip-vision", metavar="PATH", help="CLIP-vision folder, or a file with ready tokens")
     full.add_argument("--face", metavar="FILE", help="file with a 512-number face embedding (.npy or .safetensors)")
     full.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--size", metavar="WxH", help="video size in pixels")
-    p.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how the picture meets the size (%(default)s)")
+    p.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how the picture meets the size")
     p.add_argument("--fps", type=_fraction, metavar="N", help="output frame rate by retiming, e.g. 24, 25, 30 (native)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -104,7 +104,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("bench", help="measure speed and memory on this machine")
     p.add_argument("--config", default="tiny", choices=("tiny",))
     p.add_argument("--size", default="256x256", metavar="WxH")
-    p.add_argument("--blocks", type=int, default=40, metavar="N", help="blocks measured after the warm-up (%(default)s)")
+    p.add_argument("--blocks", type=int, default=40, metavar="N", help="blocks measured (%(default)s)")
     p.add_argument("--threads", type=int)
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--random", action="store_true", help="random weights instead of the embedded ones")

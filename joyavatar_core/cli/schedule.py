@@ -27,7 +27,8 @@ def _lines(policy: RolloutPolicy, blocks: int) -> list[str]:
             counts.update(step.blocks)
             name = f"{'S' if i and policy.window_blocks > 1 else 'M'}{window + 1}"
             levels = " ".join(
-                f"B{b + 1}@{t:g} ({warp(t, policy.shift):.1f})" for b, t in zip(step.blocks, step.timesteps, strict=True)
+                f"B{b + 1}@{t:g} ({warp(t, policy.shift):.1f})"
+                for b, t in zip(step.blocks, step.timesteps, strict=True)
             )
             done = f" -> B{step.blocks[0] + 1} clean" if step.finishes else ""
             start = policy.window_start(policy.first_block(window))

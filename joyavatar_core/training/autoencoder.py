@@ -1,0 +1,619 @@
+"""Trains the light autoencoder on drawn clips, on a CPU, within a budget of wall-clock time.
+
+    python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
+
+A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
+autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
+preview.png (original above reconstruction).
+
+Shape legend: B batch, F latent frames, T pixel frames, C channels, h w latent size, H W pixel size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.queues import Queue
+from pathlib import Path
+from queue import Full
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .. import autoencoder as light
+from ..autoencoder import AUTOENCODERS, TEMPORAL, AutoencoderConfig, LightAutoencoder
+from .common import Muon, rate_scale, record, write_whole
+from .drawn import Avatar, Image, motion, photo_like, render, texture
+from .speech import synthesize
+
+log = logging.getLogger(__name__)
+
+_KINDS = ("drawn", "photo", "texture")
+_KIND_ODDS = (0.65, 0.15, 0.20)
+_HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
+_HELD_OUT_SEED = 900_000_000  # training seeds stay below
+_CLIP_FRAMES = 12  # drawn at once, so that one drawing gives several time slices
+_FACE_FPS = 16
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of every latent channel
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training, beside the machine.
+
+    size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
+    noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance.
+    """
+
+    model: str = "tiny"
+    seed: int = 0
+    minutes: float = 45.0
+    size: int = 256
+    crop: int = 128
+    batches: tuple[tuple[int, int], ...] = ((9, 6), (5, 9))
+    learning_rate: float = 1.2e-3
+    warmup_steps: int = 100
+    weight_decay: float = 1e-3
+    clip_norm: float = 1.0
+    ema: float = 0.998
+    noise: tuple[float, float] = (0.0, 0.1)
+    mouth_weight: float = 3.0
+    eyes_weight: float = 2.0
+    edge_weight: float = 1.0
+    coarse_weight: float = 0.5
+    latent_penalty: float = 0.01
+    pool: int = 96
+
+    def __post_init__(self) -> None:
+        step = AUTOENCODERS[self.model].spatial
+        if self.crop % step or self.size % step or self.crop > self.size:
+            raise ValueError(f"crop {self.crop} and size {self.size} must be multiples of {step}, crop not above size")
+        if self.minutes <= 0:
+            raise ValueError(f"minutes {self.minutes} must be positive")
+
+
+# Data
+
+
+@dataclass(frozen=True)
+class Sample:
+    """video [T, H, W, 3] uint8; boxes [T, 2, 4] float32: mouth and eyes, pixels x0 y0 x1 y1, empty for textures."""
+
+    video: Image
+    boxes: NDArray[np.float32]
+
+
+def make_sample(seed: int, kind: str, size: int, frames: int = _CLIP_FRAMES) -> Sample:
+    """One clip of a face ("drawn" or "photo") or of a moving "texture", size x size. The seed decides all."""
+    return _moving_texture(seed, size, frames) if kind == "texture" else _face(seed, kind == "photo", size, frames)
+
+
+def _face(seed: int, photo: bool, size: int, frames: int) -> Sample:
+    rng = np.random.default_rng(seed)
+    total = 4 * _FACE_FPS
+    speech = synthesize(seed, total / _FACE_FPS, _FACE_FPS)
+    start = int(rng.integers(total - frames))
+    avatar = Avatar.random(seed)
+    avatar = replace(avatar, outline=0.0, shade=max(avatar.shade, 0.2)) if photo else avatar
+    video, mouth, eyes = render(avatar, motion(seed, speech, total)[start : start + frames], (size, size))
+    return Sample(photo_like(seed, video) if photo else video, np.stack([mouth, eyes], 1))
+
+
+def _moving_texture(seed: int, size: int, frames: int) -> Sample:
+    """A texture under a slow pan, zoom and turn."""
+    import cv2
+
+    rng = np.random.default_rng(seed)
+    picture = texture(seed, (size * 5 // 4, size * 5 // 4))
+    pan, zoom, turn = rng.normal(0, 1.5, 2), rng.normal(0, 0.006), rng.normal(0, 0.006)
+    video = []
+    for t in range(frames):
+        scale, angle = math.exp(zoom * t), turn * t
+        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+        middle = np.array([[cos, -sin], [sin, cos]]) @ np.full(2, -picture.shape[0] / 2) + size / 2 + pan * t
+        matrix = np.array([[cos, -sin, middle[0]], [sin, cos, middle[1]]])
+        video.append(cv2.warpAffine(picture, matrix, (size, size), borderMode=cv2.BORDER_REFLECT))
+    return Sample(np.stack(video).astype(np.uint8), np.zeros((frames, 2, 4), np.float32))
+
+
+def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sample:
+    """A random slice of time and a random crop, mostly about the face, half of them mirrored."""
+    count, height, width = sample.video.shape[:3]
+    start = int(rng.integers(count - frames + 1))
+    boxes = sample.boxes[start : start + frames]
+    corner = rng.uniform(0, 1, 2) * (width - crop, height - crop)
+    if boxes.any() and rng.random() < 0.7:
+        box = boxes[0, int(rng.random() < 0.4)]
+        corner = (box[:2] + box[2:]) / 2 - crop / 2 + rng.normal(0, crop / 6, 2)
+    x, y = np.clip(corner, 0, (width - crop, height - crop)).astype(int)
+    video = sample.video[start : start + frames, y : y + crop, x : x + crop]
+    boxes = np.clip(boxes - np.array([x, y, x, y], np.float32), 0, crop)
+    if rng.random() < 0.5:
+        video = video[:, :, ::-1]
+        boxes = np.stack([crop - boxes[..., 2], boxes[..., 1], crop - boxes[..., 0], boxes[..., 3]], -1)
+    return Sample(video, boxes)
+
+
+def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, NDArray[np.float32]]]:
+    """Endless batches: video [B, T, crop, crop, 3] uint8 and boxes [B, T, 2, 4].
+
+    Every batch renews two clips of the pool, so drawing costs the same however large the batch is.
+    """
+    rng = np.random.default_rng(seed)
+    pool = [_fresh(rng, recipe) for _ in range(min(24, recipe.pool))]
+    turn = 0
+    while True:
+        for frames, clips in recipe.batches:
+            cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
+            yield np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts])
+            for _ in range(2):
+                pool[turn % recipe.pool : turn % recipe.pool + 1] = [_fresh(rng, recipe)]
+                turn = turn + 1 if len(pool) == recipe.pool else len(pool)
+
+
+def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
+    """A new clip, at full size or (four of ten) between 3/4 and 3/2 of it."""
+    scale = rng.uniform(0.75, 1.5) if rng.random() < 0.4 else 1.0
+    size = max(recipe.crop, round(recipe.size * scale))
+    return make_sample(int(rng.integers(_HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size)
+
+
+def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
+    """The twelve fixed clips that measure a training: eight drawn, two photo-like, two textures."""
+    return [make_sample(_HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(_HELD_OUT_KINDS)]
+
+
+def _work(recipe: Recipe, seed: int, queue: Queue) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    for batch in batches(recipe, seed):
+        while True:
+            try:
+                queue.put(batch, timeout=10)
+                break
+            except Full:  # the trainer may have been killed, which leaves a daemon behind
+                if parent is None or not parent.is_alive():
+                    return
+
+
+@contextmanager
+def _worker(recipe: Recipe, seed: int) -> Iterator[Queue]:
+    """A queue of batches filled by a process of its own; the short queue keeps it from running ahead."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(maxsize=6)
+    process = context.Process(target=_work, args=(recipe, seed, queue), daemon=True)
+    process.start()
+    try:
+        yield queue
+    finally:
+        process.terminate()
+        process.join()
+
+
+# Loss
+
+
+def as_video(frames: Image) -> Tensor:
+    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float().div_(127.5).sub_(1)
+
+
+def region_weights(boxes: Tensor, height: int, width: int, mouth: float, eyes: float) -> Tensor:
+    """[B, T, 2, 4] boxes of mouth and eyes -> [B, 1, T, H, W] weights: 1, `eyes` or `mouth`, over their mean."""
+    x = torch.arange(width) + 0.5
+    y = torch.arange(height) + 0.5
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)  # each [B, T, 2, 1]
+    inside = ((y > y0) & (y < y1)).unsqueeze(-1) & ((x > x0) & (x < x1)).unsqueeze(-2)  # [B, T, 2, H, W]
+    weights = torch.ones(inside.shape[:2] + inside.shape[3:])
+    weights = weights.masked_fill(inside[:, :, 1], eyes).masked_fill(inside[:, :, 0], mouth)
+    return (weights / weights.mean()).unsqueeze(1)
+
+
+def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+    """video [B, 3, T, H, W] -> its reconstruction, not clamped (a clamp has no gradient outside), and the latents.
+
+    `noise` is the deviation of the Gaussian noise put on the latents before decoding.
+    """
+    latents = model.encode(video)
+    noisy = latents + noise * torch.randn_like(latents)
+    flat, _ = light._run(model.decoder, light._fold_time(noisy), video.shape[0], None)
+    decoded = light._unfold_time(F.pixel_shuffle(flat, model.config.patch), video.shape[0])
+    return decoded[:, :, TEMPORAL - 1 :].float() * 2 - 1, latents.float()
+
+
+def picture_loss(recipe: Recipe, made: Tensor, video: Tensor, weights: Tensor) -> Tensor:
+    """Weighted L1 of the pixels, of their differences along x, y (edges) and t, and of the 4x4 means."""
+    error = made - video
+    loss = (weights * error.abs()).mean()
+    for axis in (3, 4):
+        length = error.shape[axis] - 1
+        loss = loss + recipe.edge_weight * (weights.narrow(axis, 1, length) * error.diff(dim=axis).abs()).mean() / 2
+    coarse = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 4)
+    return loss + recipe.coarse_weight * coarse.abs().mean()
+
+
+def latent_loss(latents: Tensor) -> Tensor:
+    """Zero for latents whose every channel has zero mean and unit variance over the batch."""
+    mean = latents.mean(dim=(0, 2, 3, 4))
+    variance = latents.var(dim=(0, 2, 3, 4))
+    return (mean.square() + variance.clamp(min=1e-6).log().square()).mean()
+
+
+# Model
+
+
+def initialise(model: LightAutoencoder, videos: list[Tensor], seed: int) -> None:
+    """Weights that keep the variance from layer to layer, blocks near the identity, latents that are principal parts.
+
+    Random projections to latents all carry brightness and hardly any colour, and training is slow to part them:
+    the first latents are the 16 principal components of the features of `videos`, each of unit variance.
+    """
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, light.MemoryBlock):
+            nn.init.kaiming_normal_(_convolution(module.conv[-1]).weight, a=3.0)
+    from_pixels, to_pixels = _convolution(model.encoder[0]), _convolution(model.decoder[-1])
+    with torch.no_grad():
+        _bias(from_pixels).copy_(-0.5 * from_pixels.weight.sum((1, 2, 3)))  # pixels reach it in 0..1
+        to_pixels.weight.mul_(0.1)
+        _bias(to_pixels).fill_(0.5)
+    _principal_latents(model, videos)
+
+
+def _convolution(layer: nn.Module) -> nn.Conv2d:
+    assert isinstance(layer, nn.Conv2d)
+    return layer
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+@torch.no_grad()
+def _principal_latents(model: LightAutoencoder, videos: list[Tensor]) -> None:
+    """Set the last convolution of the encoder to the whitened principal components of what reaches it."""
+    last, seen = _convolution(model.encoder[-1]), []
+    hook = last.register_forward_hook(lambda _layer, inputs, _output: seen.append(inputs[0]))
+    for video in videos:
+        model.encode(video)
+    hook.remove()
+    features = torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in seen]).double()
+    mean = features.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    values, vectors = values.flip(0)[: last.out_channels], vectors.flip(1)[:, : last.out_channels]
+    whiten = (vectors / (values.clamp(min=0) + 1e-4 * values[0]).sqrt()).T
+    last.weight.zero_()
+    last.weight[: len(whiten), :, 1, 1] = whiten.float()
+    _bias(last)[: len(whiten)] = -(whiten @ mean).float()
+
+
+def matrices(model: LightAutoencoder) -> dict[str, nn.Parameter]:
+    """Views of the inner convolutions as matrices [out, (ky kx in)], by parameter name: what Muon updates."""
+    outer = {"encoder.0.weight", f"decoder.{len(model.decoder) - 1}.weight"}
+    inner = {name: p for name, p in model.named_parameters() if p.ndim == 4 and name not in outer}
+    return {name: nn.Parameter(_as_matrix(p.detach())) for name, p in inner.items()}
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    matrix = weight.permute(0, 2, 3, 1).flatten(1)
+    assert matrix.data_ptr() == weight.data_ptr(), "the weights must be in channels_last, or a copy would be trained"
+    return matrix
+
+
+def latent_statistics(latents: list[Tensor]) -> Statistics:
+    """Mean and deviation of every channel over latents of any sizes, each [B, C, F, h, w], not normalised."""
+    flat = torch.cat([x.transpose(0, 1).flatten(1) for x in latents], dim=1)
+    return tuple(flat.mean(1).tolist()), tuple(flat.std(1).tolist())
+
+
+@torch.no_grad()
+def _encode(model: LightAutoencoder, sample: Sample) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.encode(as_video(sample.video[None])).float()
+
+
+# Files
+
+
+def save_model(path: Path, model: LightAutoencoder, config: AutoencoderConfig, notes: dict[str, object]) -> None:
+    """Write weights with their config (JSON) in the metadata, whole or not at all."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    _save(path, tensors, {"config": json.dumps(asdict(config)), "kind": "light_autoencoder", **_strings(notes)})
+
+
+def load_model(path: Path) -> LightAutoencoder:
+    """The autoencoder saved at `path`, in evaluation mode. Raises OSError when there is no such file."""
+    with safe_open(path, "pt") as file:
+        config: dict[str, Any] = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for key in [key for key, value in config.items() if isinstance(value, list)]:
+        config[key] = tuple(config[key])
+    model = LightAutoencoder(AutoencoderConfig(**config))
+    model.load_state_dict(tensors)
+    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _strings(notes: dict[str, object]) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()}
+
+
+def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    write_whole(path, lambda part: save_file(tensors, part, metadata))
+
+
+# Training
+
+
+@dataclass
+class _Training:
+    """All that changes while training; `spent` counts seconds over all sessions, `steps` likewise."""
+
+    recipe: Recipe
+    out: Path
+    model: LightAutoencoder
+    average: LightAutoencoder
+    optimisers: tuple[torch.optim.Optimizer, ...]
+    matrices: dict[str, nn.Parameter]
+    spent: float = 0.0
+    steps: int = 0
+    session_steps: int = 0
+    figures: dict[str, float] | None = None
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.spent / (60 * self.recipe.minutes))
+
+
+def _step(state: _Training, video: Tensor, weights: Tensor, noise: float) -> dict[str, float]:
+    recipe = state.recipe
+    rate = recipe.learning_rate * rate_scale(state.session_steps, recipe.warmup_steps, state.progress)
+    with torch.autocast("cpu", torch.bfloat16):
+        made, latents = reconstruct(state.model, video, noise)
+    picture, spread = picture_loss(recipe, made, video, weights), latent_loss(latents)
+    state.model.zero_grad(set_to_none=True)
+    (picture + recipe.latent_penalty * spread).backward()
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
+    if torch.isfinite(norm):
+        _apply(state, rate)
+    state.steps += 1
+    state.session_steps += 1
+    _update_average(state)
+    return {"loss": picture.item(), "latent": spread.item(), "norm": norm.item()}
+
+
+def _apply(state: _Training, rate: float) -> None:
+    own = dict(state.model.named_parameters())
+    for name, matrix in state.matrices.items():
+        grad = own[name].grad
+        matrix.grad = None if grad is None else grad.permute(0, 2, 3, 1).flatten(1)
+    for optimiser in state.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+
+
+@torch.no_grad()
+def _update_average(state: _Training) -> None:
+    keep = min(state.recipe.ema, (1 + state.steps) / (20 + state.steps))
+    for slow, fast in zip(state.average.parameters(), state.model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - keep)
+
+
+@torch.no_grad()
+def evaluate(model: LightAutoencoder, samples: list[Sample]) -> tuple[dict[str, float], list[Image], Statistics]:
+    """PSNR in dB over the held-out clips (drawn, photo, texture, mouth of the drawn), reconstructions, statistics."""
+    scores: dict[str, list[float]] = {name: [] for name in (*_KINDS, "mouth")}
+    pictures, latents = [], []
+    for kind, sample in zip(_HELD_OUT_KINDS, samples, strict=True):
+        latents.append(_encode(model, sample))
+        with torch.autocast("cpu", torch.bfloat16):
+            made = model.decode(latents[-1]).float()
+        frames = made[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().numpy().astype(np.uint8)
+        pictures.append(frames)
+        scores[kind].append(_psnr(frames, sample.video))
+        if kind == "drawn":
+            scores["mouth"].append(_mouth_psnr(frames, sample))
+    figures = {f"psnr_{name}": round(float(np.mean(values)), 2) for name, values in scores.items()}
+    return figures, pictures, latent_statistics(latents)
+
+
+def _psnr(made: Image, truth: Image) -> float:
+    error = np.square(made.astype(np.float64) - truth).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+
+
+def _mouth_psnr(made: Image, sample: Sample) -> float:
+    size = sample.video.shape[1]
+    corners = np.clip(sample.boxes[:, 0], 0, size).astype(int)
+    pieces = [(made[t, y0:y1, x0:x1], sample.video[t, y0:y1, x0:x1]) for t, (x0, y0, x1, y1) in enumerate(corners)]
+    return float(np.mean([_psnr(a, b) for a, b in pieces if a.size]))
+
+
+def _preview(path: Path, samples: list[Sample], made: list[Image]) -> None:
+    """Rows of six clips, original above reconstruction; the middle frame of each."""
+    import cv2
+
+    rows = []
+    for first in range(0, len(samples), 6):
+        rows.append(np.concatenate([s.video[5] for s in samples[first : first + 6]], axis=1))
+        rows.append(np.concatenate([m[5] for m in made[first : first + 6]], axis=1))
+    cv2.imwrite(str(path), np.concatenate(rows)[..., ::-1])
+
+
+def _checkpoint(state: _Training, statistics: Statistics) -> None:
+    notes: dict[str, object] = {
+        "recipe": asdict(state.recipe),
+        "steps": state.steps,
+        "spent": state.spent,
+        "figures": state.figures or {},
+        "data": f"drawn clips, training seeds 0..{_HELD_OUT_SEED - 1}, held out from {_HELD_OUT_SEED}",
+    }
+    both = {f"model.{k}": v.detach().contiguous() for k, v in state.model.state_dict().items()}
+    both |= {f"average.{k}": v.detach().contiguous() for k, v in state.average.state_dict().items()}
+    _save(state.out / "train.safetensors", both, _strings(notes))
+    config = replace(state.average.config, latent_mean=statistics[0], latent_std=statistics[1])
+    save_model(state.out / "autoencoder.safetensors", state.average, config, notes)
+
+
+def _begin(recipe: Recipe, out: Path, first: list[Tensor]) -> _Training:
+    model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
+    model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]
+    initialise(model, first, recipe.seed)
+    average.load_state_dict(model.state_dict())
+    average.requires_grad_(False)
+    views = matrices(model)
+    rest = [p for name, p in model.named_parameters() if name not in views]
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    muon = Muon(views.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return _Training(recipe, out, model, average, (adam, muon), views)
+
+
+def _resume(state: _Training) -> None:
+    """Weights, average and time spent from train.safetensors; the optimiser's moments start anew."""
+    with safe_open(state.out / "train.safetensors", "pt") as file:
+        notes = file.metadata()
+        for prefix, model in (("model.", state.model), ("average.", state.average)):
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            model.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
+    state.steps, state.spent = int(notes["steps"]), float(notes["spent"])
+    log.info("resumed at step %d, %.1f minutes spent", state.steps, state.spent / 60)
+
+
+def _measure(state: _Training, samples: list[Sample]) -> Statistics:
+    """Figures and preview of the averaged model; returns its latent statistics."""
+    state.figures, made, statistics = evaluate(state.average, samples)
+    _preview(state.out / "preview.png", samples, made)
+    record(state.out / "curve.jsonl", {"step": state.steps, "minutes": round(state.spent / 60, 2), **state.figures})
+    return statistics
+
+
+@dataclass
+class _Threads:
+    """Trains on one thread and tries `most` every three minutes, for as long as that pays.
+
+    On a busy machine two threads that wait for each other at every layer are several times slower than one.
+    single: seconds a frame on one thread, smoothed; slow: steps in a row that more threads did not speed up.
+    """
+
+    most: int
+    single: float = 0.0
+    slow: int = 0
+    next_trial: float = 0.0
+
+    def note(self, cost: float, now: float) -> None:
+        """Take the cost (seconds a frame) of the step just made and set the number of threads of the next."""
+        if torch.get_num_threads() == 1:
+            self.single = 0.8 * self.single + 0.2 * cost if self.single else cost
+            if self.most > 1 and now >= self.next_trial:
+                self.slow = 0
+                torch.set_num_threads(self.most)
+            return
+        self.slow = self.slow + 1 if cost > 0.9 * self.single else 0
+        if self.slow == 2:
+            self.next_trial = now + 180
+            torch.set_num_threads(1)
+
+
+def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
+    """Train until the budget is spent; measure every five minutes, save every two, log every fifty steps."""
+    rng = np.random.default_rng((state.recipe.seed, state.steps))
+    threads = _Threads(torch.get_num_threads())
+    torch.set_num_threads(1)
+    statistics = _measure(state, samples)
+    measured = saved = state.spent
+    last = time.monotonic()
+    frames, since, sums = 0.0, state.spent, {"loss": 0.0, "latent": 0.0, "norm": 0.0}
+    while state.progress < 1:
+        figures = _one_step(state, queue, rng)
+        frames += figures["frames"]
+        sums = {key: sums[key] + figures[key] / 50 for key in sums}
+        now = time.monotonic()
+        threads.note(figures["seconds"] / figures["frames"], now)
+        state.spent, last = state.spent + now - last, now
+        if state.steps % 50 == 0:
+            rate = round(frames / max(state.spent - since, 1e-9), 1)
+            means = {key: round(value, 4) for key, value in sums.items()}
+            record(
+                state.out / "curve.jsonl",
+                {"step": state.steps, "minutes": round(state.spent / 60, 2), **means, "frames_s": rate},
+            )
+            frames, since, sums = 0.0, state.spent, dict.fromkeys(sums, 0.0)
+        if state.spent - measured > 300 or (measured < 60 < state.spent):
+            statistics, measured = _measure(state, samples), state.spent
+        if state.spent - saved > 120:
+            _checkpoint(state, statistics)
+            saved = state.spent
+
+
+def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[str, float]:
+    frames, boxes = queue.get(timeout=300)
+    begun = time.monotonic()
+    video = as_video(frames)
+    size = state.recipe.crop
+    weights = region_weights(torch.from_numpy(boxes), size, size, state.recipe.mouth_weight, state.recipe.eyes_weight)
+    figures = _step(state, video, weights, float(rng.uniform(*state.recipe.noise)))
+    return {**figures, "frames": float(frames.shape[0] * frames.shape[1]), "seconds": time.monotonic() - begun}
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, float]:
+    """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
+
+    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    samples = held_out(recipe)
+    with _worker(recipe, recipe.seed + int(time.time() if resume else 0)) as queue:
+        first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
+        state = _begin(recipe, out, first)
+        if resume:
+            _resume(state)
+        _loop(state, queue, samples)
+    _measure(state, samples)
+    kinds = ("drawn", "drawn", "photo")
+    fresh = [make_sample(_HELD_OUT_SEED + 1000 + i, kinds[i % 3], recipe.size, 9) for i in range(64)]
+    _checkpoint(state, latent_statistics([_encode(state.average, sample) for sample in fresh]))
+    log.info("finished: %s", state.figures)
+    return state.figures or {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the light autoencoder on drawn clips.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--size", type=int, default=Recipe.size)
+    parser.add_argument("--crop", type=int, default=Recipe.crop)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
+    recipe = Recipe(seed=args.seed, minutes=args.minutes, size=args.size, crop=args.crop)
+    train(recipe, args.out, args.resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What every trainer here needs: a curve on disk, a wall-clock schedule, averaged and master weights, Muon.
+
+Shape legend: M [rows, columns] matrices; other tensors are parameters of any shape.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: quick to about one, never exactly
+
+
+def record(path: Path, line: Mapping[str, object]) -> None:
+    """Append one line of JSON to a curve, and to the log."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename: `path` never holds half a file."""
+    part = path.with_suffix(path.suffix + ".part")
+    write(part)
+    os.replace(part, path)
+
+
+def rate_scale(step: int, warmup_steps: int, progress: float, floor: float = 0.02) -> float:
+    """Share of the peak learning rate: linear warm-up by steps, then a cosine over progress (0..1) down to `floor`."""
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
+    return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+class Weights:
+    """Weights in three precisions of time: the model's own (any dtype), float32 masters, and their running average.
+
+    A bfloat16 model is updated through its masters, or steps below a 256th of a weight would be lost.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.master = {n: nn.Parameter(p.detach().float().clone()) for n, p in model.named_parameters()}
+        self.average = {n: p.detach().clone() for n, p in self.master.items()}
+
+    def collect(self) -> float:
+        """Move the model's gradients to the masters; their norm."""
+        for name, own in self.model.named_parameters():
+            self.master[name].grad = None if own.grad is None else own.grad.float()
+            own.grad = None
+        grads = [p.grad for p in self.master.values() if p.grad is not None]
+        return float(torch.stack([g.norm() for g in grads]).norm())
+
+    def clip(self, norm: float, limit: float) -> None:
+        """Shorten the masters' gradients, of this norm, to the limit."""
+        if norm > limit:
+            for p in self.master.values():
+                if p.grad is not None:
+                    p.grad.mul_(limit / norm)
+
+    @torch.no_grad()
+    def publish(self, step: int) -> None:
+        """After an optimiser step: masters to the model, and into the average (young averages forget faster)."""
+        keep = min(self.decay, (1 + step) / (20 + step))
+        for name, own in self.model.named_parameters():
+            own.copy_(self.master[name])
+            self.average[name].lerp_(self.master[name].detach(), 1 - keep)
+
+    def state(self) -> dict[str, Any]:
+        return {"master": {n: p.detach() for n, p in self.master.items()}, "average": self.average}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        for name, p in self.master.items():
+            p.copy_(state["master"][name])
+            self.average[name].copy_(state["average"][name])
+        for name, own in self.model.named_parameters():
+            own.copy_(self.master[name])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal (Jordan et al. 2024), for the matrices of the blocks.
+
+    The update is scaled to the root mean square of an AdamW step (0.2 sqrt(max(rows, columns)), Liu et al. 2025),
+    so one learning rate serves both.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for alike in _by_shape(p for p in group["params"] if p.grad is not None):
+                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
+                scale = 0.2 * math.sqrt(max(alike[0].shape))
+                for p, update in zip(alike, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+
+    def _momentum(self, p: Tensor, keep: float) -> Tensor:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - keep)
+        return p.grad.lerp(state["momentum"], keep)
+
+
+def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
+    """Nearest orthogonal matrices, nearly: singular values of m [n, rows, columns] brought to about 0.7 .. 1.2."""
+    a, b, c = _NEWTON_SCHULZ
+    x = m.bfloat16()
+    wide = x.shape[-2] > x.shape[-1]
+    x = x.mT if wide else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if wide else x).to(m.dtype)
+
+
+def _by_shape(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for p in params:
+        groups.setdefault(p.shape, []).append(p)
+    return list(groups.values())

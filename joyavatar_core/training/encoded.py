@@ -1,0 +1,187 @@
+"""Clips as latents: the autoencoder run once over every stored clip, kept on disk beside the clips and in memory.
+
+Shape legend: N clips, B batch, C latent channels, F latent frames, h w latent size, W audio tokens of a latent,
+T pixel frames, H W pixel size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..audio import AudioFrontEnd, AudioTrack, LogMel
+from ..autoencoder import AutoencoderConfig, LightAutoencoder
+from ..conditioning import ImageChannels, image_channels
+from ..geometry import Geometry
+from .clips import StoredClip, read_clip
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EncodedClips:
+    """N clips of equal length, in half precision.
+
+    latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...]; audio [N, F, W, channels];
+    mouth, eyes [N, F, h, w]: share of each cell inside the box. open [N, T]: true opening of the mouth.
+    """
+
+    latents: Tensor
+    image: Tensor
+    audio: Tensor
+    mouth: Tensor
+    eyes: Tensor
+    open: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def select(self, rows: slice) -> EncodedClips:
+        """Some of the clips."""
+        return EncodedClips(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
+        """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""
+        image = self.image[clips[:, None], latents.clamp(max=self.image.shape[1] - 1)].float()
+        mask = (latents == 0).float()[:, :, None, None, None].expand(-1, -1, temporal, *image.shape[-2:])
+        return torch.cat([mask, image], dim=2).transpose(1, 2)
+
+
+def load_autoencoder(path: Path) -> LightAutoencoder:
+    """The light autoencoder of a file written by training.autoencoder. CheckpointError for any other file."""
+
+    def build(metadata: dict[str, str], _: checkpoint.Tensors) -> LightAutoencoder:
+        text = metadata.get("autoencoder_config") or metadata.get("config")
+        if text is None:
+            raise checkpoint.CheckpointError(f"{path.name} has no config: train one with training.autoencoder")
+        return LightAutoencoder(checkpoint.config_from_json(AutoencoderConfig, text))
+
+    return checkpoint.load_module(path, build, "light autoencoder").to(memory_format=torch.channels_last)  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class LatentStore:
+    """The clips of a folder and, beside them, their latents for one autoencoder file."""
+
+    paths: Sequence[Path]
+    folder: Path
+    weights: Path
+    geometry: Geometry
+
+    @property
+    def home(self) -> Path:
+        """Where the latents lie; another autoencoder file has another place."""
+        return self.folder / f"latents-{hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]}"
+
+    def ready(self) -> list[Path]:
+        """Latents there are, in the order of the clips."""
+        home = self.home
+        return [home / p.name for p in self.paths if (home / p.name).exists()]
+
+    def load(self) -> EncodedClips:
+        """All of `ready`."""
+        parts = [checkpoint.read(path)[0] for path in self.ready()]
+        return EncodedClips(**{name: torch.stack([p[name] for p in parts]) for name in parts[0]})
+
+    def encode(self, count: int | None = None) -> None:
+        """Encode the first `count` clips, or all, that are not encoded yet."""
+        autoencoder, front_end, home = load_autoencoder(self.weights), LogMel(self.geometry), self.home
+        home.mkdir(parents=True, exist_ok=True)
+        for i, path in enumerate(self.paths[:count]):
+            if not (home / path.name).exists():
+                clip = read_clip(path)
+                tensors = encode_clip(clip, autoencoder, front_end, self.geometry)
+                checkpoint.write(home / path.name, tensors, {"seed": str(clip.seed)})
+            if i % 100 == 99:
+                log.info("%d of %d clips encoded", i + 1, len(self.paths))
+
+    @contextmanager
+    def worker(self) -> Iterator[None]:
+        """A process that encodes the remaining clips while the block runs."""
+        process = multiprocessing.get_context("spawn").Process(target=_work, args=(self,), daemon=True)
+        process.start()
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.join()
+
+
+def _work(store: LatentStore) -> None:
+    torch.set_num_threads(1)
+    store.encode()
+
+
+@torch.inference_mode()
+def encode_clip(
+    clip: StoredClip, autoencoder: LightAutoencoder, front_end: AudioFrontEnd, geometry: Geometry
+) -> checkpoint.Tensors:
+    """One clip as the rows of EncodedClips. ValueError if it does not end with a latent frame."""
+    frames = len(clip.video)
+    count = geometry.latents_of_frames(frames)
+    if geometry.frames_of_latents(count) != frames:
+        raise ValueError(f"clip {clip.seed} has {frames} frames: 1 + {geometry.temporal} k are needed; draw it again")
+    latents = encode_video(autoencoder, as_video(clip.video))
+    image = picture_channels(autoencoder, as_video(clip.video[:1])[:, :, 0])
+    return {
+        "latents": latents[0].transpose(0, 1).half().contiguous(),
+        "image": image.channels[0, geometry.temporal :].transpose(0, 1).half().contiguous(),
+        "audio": front_end.features(as_track(clip), range(count)).tokens.half(),
+        "mouth": cell_shares(clip.mouth, geometry).half(),
+        "eyes": cell_shares(clip.eyes, geometry).half(),
+        "open": clip.open,
+    }
+
+
+def encode_video(autoencoder: LightAutoencoder, video: Tensor) -> Tensor:
+    """[1, 3, T, H, W] -> latents float32, a second of frames at a time, in bfloat16 where the CPU is quick at it."""
+    state, parts = None, []
+    with torch.autocast("cpu", torch.bfloat16):
+        for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
+            latents, state = autoencoder.encode_stream(piece, state)
+            parts.append(latents.float())
+    return torch.cat(parts, dim=2)
+
+
+def picture_channels(autoencoder: LightAutoencoder, picture: Tensor) -> ImageChannels:
+    """The engine's image channels of a picture [1, 3, H, W]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return ImageChannels(image_channels(autoencoder, picture).channels.float())
+
+
+def as_video(frames: Tensor) -> Tensor:
+    """uint8 [T, H, W, 3] -> float [1, 3, T, H, W] in [-1, 1]."""
+    return frames.permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
+
+
+def as_track(clip: StoredClip) -> AudioTrack:
+    """The sound of a clip, ended."""
+    track = AudioTrack()
+    track.push(clip.audio, clip.sample_rate)
+    track.finish()
+    return track
+
+
+def cell_shares(boxes: Tensor, geometry: Geometry) -> Tensor:
+    """Boxes [T, 4] in pixels -> share of each latent cell inside the box, mean over its pixel frames: [F, h, w]."""
+    h, w = geometry.latent_size
+    x0, y0, x1, y1 = (boxes / geometry.spatial).unbind(1)
+    across, down = _overlap(x0, x1, w), _overlap(y0, y1, h)  # [T, w], [T, h]
+    share = down[:, :, None] * across[:, None, :]
+    count = geometry.latents_of_frames(len(boxes))
+    return torch.stack([share[list(geometry.frames_of_latent(i))].mean(0) for i in range(count)])
+
+
+def _overlap(low: Tensor, high: Tensor, cells: int) -> Tensor:
+    """Length of [low, high] inside each unit cell: [T, cells]."""
+    left = torch.arange(cells)
+    return (torch.minimum(high[:, None], left + 1) - torch.maximum(low[:, None], left)).clamp(min=0)

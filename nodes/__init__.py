@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 
-async def comfy_entrypoint():  # noqa: ANN201 - the type is the host's
+async def comfy_entrypoint():
     """What ComfyUI asks for: the list of nodes, none yet."""
     from comfy_api.latest import ComfyExtension
 
     class JoyAvatarExtension(ComfyExtension):
-        async def get_node_list(self):  # noqa: ANN202
+        async def get_node_list(self):
             return []
 
     return JoyAvatarExtension()

@@ -78,4 +78,4 @@ def test_resident_memory_stays(make, tmp_path: Path) -> None:
     assert progress.frames == MINUTES * 60 * 16
     assert abs(at_the_end / after_a_minute - 1) < 0.03
     assert peak < 2000
-    assert len(set(sizes[40:-8])) <= 2
+    assert max(sizes[100:]) == max(sizes[40:100])  # the state has its largest size in the first minute

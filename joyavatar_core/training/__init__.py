@@ -1,0 +1,1 @@
+"""Training of the embedded model: drawn avatars, synthetic speech, autoencoder and flow matching."""

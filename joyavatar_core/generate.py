@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError
-from .stream import AvatarStream
+from .stream import AvatarStream, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +81,14 @@ def generate(
     """Run a stream over a sound, writing frames as they come.
 
     Args:
-        sound: read once; its pieces may have any length.
+        sound: its pieces may have any length. Read once, and to resume a second time before that.
         open_sink: from the number of pixel frames written in an earlier run (0: none) to the sink.
         resume: where the state is saved, and whether to go on from it.
         on_progress: called after every block; may raise to stop (the frames so far are in the sink).
 
     Raises ValueError if the sound is empty.
     """
-    frames_done = _load(stream, resume)
+    frames_done = _load(stream, resume, sound)
     sink = open_sink(frames_done)
     progress = Progress(blocks=stream.latents.blocks_done, frames=0)
     skip = stream.state.track.source_samples
@@ -127,13 +127,29 @@ def _frames(stream: AvatarStream, sound: Chunks, sink: FrameSink, skip: int) -> 
     yield from stream.finish()
 
 
-def _load(stream: AvatarStream, resume: Resume | None) -> int:
-    """Take up a saved state; returns the pixel frames that were written before it."""
+def _load(stream: AvatarStream, resume: Resume | None, sound: Chunks) -> int:
+    """Take up a saved state; returns the pixel frames that were written before it.
+
+    Raises CheckpointError if there is no such state, or it belongs to other settings or another sound.
+    """
     if not resume or not resume.go_on:
         return 0
     if not resume.path.is_file():
         raise CheckpointError(f"nothing to resume: {resume.path} does not exist; start without resuming")
     stream.latents.load_state(resume.path)
+    if _checksum(sound, stream.state.track.source_samples) != stream.state.heard:
+        raise CheckpointError("the sound is not that of the run to resume: give the same file, or do not resume")
     done = stream.latents.blocks_done
     logger.info("resuming after block %d", done)
     return stream.latents.rollout.geometry.frames_of_block(done).start
+
+
+def _checksum(sound: Chunks, samples: int) -> int:
+    """Checksum of the first samples of a sound."""
+    heard = 0
+    for piece, _ in sound:
+        heard = checksum(torch.from_numpy(piece[:, :samples]), heard)
+        samples -= min(samples, piece.shape[1])
+        if not samples:
+            break
+    return heard

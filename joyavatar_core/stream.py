@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,12 +42,14 @@ class StreamState:
 
     rollout: cache, window latents, motion frame, position. track: sound still needed. decoder: the autoencoder's
     memory, None before the first frame. identity: what the state belongs to (model, picture, policy, seed).
+    heard: checksum of all sound so far, so that a resumed run can tell whether it is given the same.
     """
 
     rollout: RolloutState
     track: AudioTrack
     identity: str
     decoder: StreamTensors | None = None
+    heard: int = 0
 
     def nbytes(self) -> int:
         """Bytes of all tensors of the stream."""
@@ -57,7 +60,12 @@ class StreamState:
         tensors = {f"rollout.{k}": t for k, t in self.rollout.tensors().items()}
         tensors |= {f"track.{k}": t for k, t in self.track.state().items()}
         tensors |= {f"decoder.{k}": t for k, t in (self.decoder or {}).items()}
-        header = {"window": self.rollout.window, "identity": self.identity, "started": self.decoder is not None}
+        header = {
+            "window": self.rollout.window,
+            "identity": self.identity,
+            "started": self.decoder is not None,
+            "heard": self.heard,
+        }
         checkpoint.write(path, tensors, {"stream_state": json.dumps(header)})
 
 
@@ -96,6 +104,7 @@ class LatentStream:
         Consume the iterator before feeding again; between two blocks the state may be saved.
         """
         self.state.track.push(samples, sample_rate)
+        self.state.heard = checksum(samples, self.state.heard)
         yield from self._advance()
 
     def finish(self) -> Iterator[LatentBlock]:
@@ -122,6 +131,7 @@ class LatentStream:
             parts[part][rest] = tensor
         self.state.rollout = self.rollout.restore(parts["rollout"], header["window"])
         self.state.track.load_state(parts["track"])
+        self.state.heard = header["heard"]
         device = self.rollout.device
         decoder = {k: t.to(device) for k, t in parts["decoder"].items()}
         self.state.decoder = decoder if header["started"] else None
@@ -181,14 +191,21 @@ class AvatarStream:
         return video[:, :, : block.frames]
 
 
+def checksum(samples: Tensor, before: int = 0) -> int:
+    """CRC-32 of sound [channels, m] or [m] that follows sound of the checksum `before`, however it was cut up."""
+    return zlib.crc32(samples.float().T.contiguous().numpy().tobytes(), before)
+
+
 def identity(rollout: Rollout) -> str:
     """A short hash of all that decides a stream besides its sound: two runs with one identity may share a state."""
     digest = hashlib.blake2b(digest_size=16)
     parts = (rollout.policy, rollout.geometry, rollout.seed, rollout.dtype, rollout.batch, rollout.model.config)
     digest.update(repr(parts).encode())
     digest.update(_sample(rollout.model))
-    if rollout.condition.image is not None:
-        digest.update(rollout.condition.image.channels.float().cpu().numpy().tobytes())
+    image, kv = rollout.condition.image, rollout.condition.kv
+    constant = [t for layers in (kv.text, kv.image, kv.face) for pair in layers or () for t in pair]
+    for tensor in constant if image is None else [image.channels, *constant]:
+        digest.update(tensor.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

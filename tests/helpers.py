@@ -1,10 +1,14 @@
-"""Small random models and conditions shared by the tests."""
+"""Small random models, seeded weights, golden numbers and conditions shared by the tests."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, TypeVar
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from joyavatar_core.audio import AudioTokens
 from joyavatar_core.conditioning import ImageChannels, reference_tokens
@@ -29,6 +33,38 @@ SMALL = ModelConfig(
     audio=AudioConfig(kind="window", features=5, width=8, window=3, tokens=2, hidden=8),
 )
 GEOMETRY = Geometry(32, 16, spatial=8, patch=(1, 1))
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def fill(module: ModuleT, seed: int = 0, scale: Mapping[str, float] | None = None) -> ModuleT:
+    """Weights of variance 0.64 / fan-in from a seed, in sorted key order, times `scale` of the names given.
+
+    Any module with the same keys and shapes gets the same weights: golden numbers of a public implementation rest on
+    it, so what it draws for a key must not change.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parameters = module.state_dict()
+    for name in sorted(parameters):
+        value = torch.randn(parameters[name].shape, generator=generator, dtype=torch.float64)
+        if name.endswith("gamma") or (name.endswith("weight") and value.dim() == 1):  # of a norm
+            value = 1 + 0.1 * value
+        elif name.endswith("bias"):
+            value = 0.1 * value
+        else:
+            value = 0.8 * value / parameters[name][0].numel() ** 0.5
+        parameters[name].copy_((scale or {}).get(name, 1.0) * value)
+    return module.eval().requires_grad_(False)
+
+
+def assert_golden(out: Tensor, golden: Mapping[str, Any], tolerance: float) -> None:
+    """out [B, C, F, h, w] against stored samples, mean size of each frame, and a sum that sees any permutation."""
+    flat = out.double().flatten()
+    order = (flat * torch.arange(flat.numel(), dtype=torch.float64).cos()).sum()
+    frames = out.double().abs().mean((0, 1, 3, 4))
+    assert flat[:: flat.numel() // 7].tolist() == pytest.approx(golden["samples"], rel=0, abs=tolerance)
+    assert frames.tolist() == pytest.approx(golden["frames"], rel=0, abs=tolerance)
+    assert order.item() == pytest.approx(golden["order"], rel=0, abs=tolerance * 50)
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = SMALL) -> JoyAvatarDiT:

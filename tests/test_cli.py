@@ -150,6 +150,9 @@ def kill_and_resume(picture: Path, sound: Path, out: Path, whole: np.ndarray, de
         return -1
     survivors = frames_of(part)  # what the kill left plays
     assert np.array_equal(survivors, whole[: len(survivors)])
+    other = write_sound(out.with_name("other.wav"), 41.0, rate=8000)
+    for wrong in ([sound, "--seed", "99"], [other]):  # another run is refused, and nothing is lost by asking
+        assert main(words(picture, wrong[0], out, "--resume", *wrong[1:])) == 2
     assert main(words(picture, sound, out, "--checkpoint-blocks", "1", "--resume")) == 0
     assert np.array_equal(frames_of(out), whole)
     out.unlink()
@@ -186,10 +189,12 @@ def test_interrupt_finishes_the_file(picture: Path, tmp_path: Path) -> None:
     assert len(frames_of(cancelled)) > 8 and not out.exists()
 
 
-def test_resume_without_a_run_and_with_other_settings(picture: Path, tmp_path: Path, capsys) -> None:
+def test_resume_of_nothing_is_refused(picture: Path, tmp_path: Path, capsys) -> None:
     sound, out = write_sound(tmp_path / "s.wav", 1.0), tmp_path / "o.mp4"
     assert main(words(picture, sound, out, "--resume")) == 2
     assert "nothing to resume" in capsys.readouterr().err
+    assert main(words(picture, "-", out, "--resume")) == 2
+    assert "needs an audio file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

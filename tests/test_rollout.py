@@ -93,15 +93,23 @@ def test_cached_rollout_is_brute_force(kv_level: str) -> None:
 
 
 def test_window_over_a_clip_is_the_bidirectional_forward() -> None:
-    """One window that holds the whole clip, at one timestep, without past: plain attention of all with all."""
+    """One window that holds the whole clip, at one timestep, without past: the plain way's attention of all with all.
+
+    test_wan_reference.py holds the same forward to the numbers of the public model.
+    """
     model = small_model()
     torch.manual_seed(2)
     x = torch.randn(1, 12, 6, *GEOMETRY.latent_size, dtype=torch.float64)
-    kv = model.condition(image=torch.randn(1, 5, 4, dtype=torch.float64))
+    image = torch.randn(1, 5, 4, dtype=torch.float64)
+    kv = model.condition(image=image)
     t = torch.full((6,), 400.0, dtype=torch.float64)
-    audio = model.audio(torch.randn(1, 6, 3, 5, dtype=torch.float64))
-    shifted, _ = model(x, t, range(50, 56), kv, audio)
+    tokens = torch.randn(1, 6, 3, 5, dtype=torch.float64)
+    audio = model.audio(tokens)
     whole, _ = model(x, t, range(6), kv, audio)
+    plain = PlainRollout(model, x[:, 4:], image, tokens[0], lambda *_: x[:, :4])
+    independent, _ = plain._forward(x[:, :4], t, first=0, finished=0)
+    assert whole.std() > 0.5 and torch.allclose(whole, independent, rtol=0, atol=1e-12)
+    shifted, _ = model(x, t, range(50, 56), kv, audio)
     full_mask = torch.ones(6 * 8, 6 * 8, dtype=torch.bool)
     masked, _ = model(x, t, range(6), kv, audio, mask=full_mask)
     causal, _ = model(x, t, range(6), kv, audio, mask=full_mask.tril())

@@ -14,6 +14,7 @@ NEEDED = {
     "einops": "the engine",
     "numpy": "sound and pictures",
     "librosa": "the mel filterbank",
+    "scipy": "resampling",
     "cv2": "pictures (opencv-python, -headless or -contrib)",
     "PIL": "reading pictures (pillow)",
     "av": "video and sound files (PyAV)",

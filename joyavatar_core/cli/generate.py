@@ -105,9 +105,13 @@ class _Job:
                 self._note_lag()
                 _show(bar, progress)
 
-            progress = generate(self.stream, self.sound, open_sink, resume, tell)
+            stack.push(lambda kind, *_: self._forget(resume) if kind in (None, KeyboardInterrupt) else None)
+            return generate(self.stream, self.sound, open_sink, resume, tell)
+
+    @staticmethod
+    def _forget(resume: Resume) -> None:
+        """The file is finished, or was cancelled on purpose: its saved state is of no more use."""
         resume.path.unlink(missing_ok=True)
-        return progress
 
     def report(self, path: Path, progress: Progress) -> None:
         """Figures of the run as JSON."""
@@ -155,6 +159,8 @@ class _Job:
 def _sound(args: argparse.Namespace) -> HeardSound:
     if args.audio != "-":
         return HeardSound(SoundFile(args.audio))
+    if args.resume:
+        raise ValueError("--resume needs an audio file: live sound cannot be heard again")
     rate, _, rest = args.pcm.partition(":")
     channels, _, form = rest.partition(":")
     if not (rate.isdigit() and channels.isdigit() and form):

@@ -21,6 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, ImportError) as error:
         print(f"joyavatar: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # torch has no error of its own for memory that an allocator on the CPU refuses
+        if "memory" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(f"joyavatar: out of memory ({first}); use a smaller --size or fewer --local-blocks", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("joyavatar: cancelled", file=sys.stderr)
         return 130

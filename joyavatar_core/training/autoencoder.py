@@ -341,13 +341,17 @@ def _encode(model: LightAutoencoder, sample: Sample) -> Tensor:
 def save_model(path: Path, model: LightAutoencoder, config: AutoencoderConfig, notes: dict[str, object]) -> None:
     """Write weights with their config (JSON) in the metadata, whole or not at all."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _save(path, tensors, {"config": json.dumps(asdict(config)), "kind": "light_autoencoder", **_strings(notes)})
+    _save(
+        path,
+        tensors,
+        {"autoencoder_config": json.dumps(asdict(config)), "kind": "light_autoencoder", **_strings(notes)},
+    )
 
 
 def load_model(path: Path) -> LightAutoencoder:
     """The autoencoder saved at `path`, in evaluation mode. Raises OSError when there is no such file."""
     with safe_open(path, "pt") as file:
-        config: dict[str, Any] = json.loads(file.metadata()["config"])
+        config: dict[str, Any] = json.loads(file.metadata()["autoencoder_config"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     for key in [key for key, value in config.items() if isinstance(value, list)]:
         config[key] = tuple(config[key])

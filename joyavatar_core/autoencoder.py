@@ -194,7 +194,7 @@ class LightAutoencoder(nn.Module):
             video = torch.cat([video[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), video], dim=2)
         x = F.pixel_unshuffle(_fold_time((video + 1) / 2), self.config.patch)
         x, state = _run(self.encoder, x, video.shape[0], state)
-        return self._normalise(_unfold_time(x, video.shape[0])), state
+        return self._normalise(_unfold_time(x, video.shape[0]).to(video.dtype)), state
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, F, h, w] -> video [B, 3, 1 + 4 (F - 1), H, W] in [-1, 1]."""
@@ -207,7 +207,7 @@ class LightAutoencoder(nn.Module):
         """
         start = state is None
         x, state = _run(self.decoder, _fold_time(self._denormalise(latents)), latents.shape[0], state)
-        video = _unfold_time(F.pixel_shuffle(x, self.config.patch), latents.shape[0])
+        video = _unfold_time(F.pixel_shuffle(x, self.config.patch), latents.shape[0]).to(latents.dtype)
         return (video[:, :, TEMPORAL - 1 :] if start else video).clamp(0, 1) * 2 - 1, state
 
     def folded(self) -> LightAutoencoder:
@@ -273,6 +273,9 @@ def _run(layers: nn.Sequential, x: Tensor, batch: int, state: StreamTensors | No
     blocks = [layer for layer in layers if isinstance(layer, MemoryBlock)]
     names = {layer: f"memory.{i}" for i, layer in enumerate(blocks)}
     after: StreamTensors = {}
+    weight = next(p for layer in layers for p in (*layer.parameters(), *layer.buffers()))
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     for layer in layers:
         if isinstance(layer, MemoryBlock):

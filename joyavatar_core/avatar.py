@@ -80,7 +80,7 @@ class Avatar:
         encoded = encoded or Encoded()
         channels = None
         if self.model.config.has_image_channels:
-            channels = image_channels(self.autoencoder, picture.to(self.device, self.dtype))
+            channels = image_channels(self.autoencoder, picture.to(self.device))
         image = encoded.image
         if image is None and channels is not None and takes_reference_tokens(self.model.config):
             image = reference_tokens(channels.picture, self.model.config.patch)

@@ -92,7 +92,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.tmp")  # one name: a kill leaves at most one file behind
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -62,8 +62,9 @@ class Progress:
 class Resume:
     """Where a run keeps its state.
 
-    path: file of the saved StreamState. every: blocks between two saves, 0 for none.
-    go_on: whether to start from the file.
+    path: file of the saved StreamState; it lives as long as the unfinished video it belongs to.
+    every: blocks between two saves, 0 for none; fewer are made where saving would take more than a twentieth of the
+    time. go_on: whether to start from the file.
     """
 
     path: Path
@@ -81,7 +82,7 @@ def generate(
     """Run a stream over a sound, writing frames as they come.
 
     Args:
-        sound: its pieces may have any length. Read once, and to resume a second time before that.
+        sound: its pieces may have any length. To resume it is read twice: not an iterator then.
         open_sink: from the number of pixel frames written in an earlier run (0: none) to the sink.
         resume: where the state is saved, and whether to go on from it.
         on_progress: called after every block; may raise to stop (the frames so far are in the sink).
@@ -90,6 +91,7 @@ def generate(
     """
     frames_done = _load(stream, resume, sound)
     sink = open_sink(frames_done)
+    saver = _Saver(stream, resume) if resume else None
     progress = Progress(blocks=stream.latents.blocks_done, frames=0)
     skip = stream.state.track.source_samples
     for frames in _frames(stream, sound, sink, skip):
@@ -98,11 +100,39 @@ def generate(
         sink.write(to_uint8(frames))
         progress.frames += frames.shape[2]
         progress.blocks, progress.blocks_total = stream.latents.blocks_done, stream.latents.blocks_total
-        if resume and resume.every and progress.blocks % resume.every == 0:
-            stream.state.save(resume.path)
+        if saver:
+            saver.after_block(progress)
         if on_progress:
             on_progress(progress)
     return progress
+
+
+class _Saver:
+    """Saves the state of a stream between blocks; a disk too full for it is no reason to end the run."""
+
+    SHARE = 20.0  # time between two saves, in times of what a save takes
+
+    def __init__(self, stream: AvatarStream, resume: Resume) -> None:
+        self.stream, self.resume = stream, resume
+        self.every, self.not_before = resume.every, 0.0
+        self.stale = not resume.go_on  # a state of an earlier run may lie at the path
+
+    def after_block(self, progress: Progress) -> None:
+        """Call when a block has been written. The last block has no state: it is not in the file before the end."""
+        if self.stale:
+            self.resume.path.unlink(missing_ok=True)
+            self.stale = False
+        last = progress.blocks_total is not None and progress.blocks >= progress.blocks_total
+        start = time.perf_counter()
+        if not self.every or progress.blocks % self.every or last or start < self.not_before:
+            return
+        try:
+            self.stream.state.save(self.resume.path)
+        except OSError as error:
+            logger.warning("no state is saved from now on, the run cannot be resumed: %s", error)
+            self.every = 0
+        now = time.perf_counter()
+        self.not_before = now + self.SHARE * (now - start)
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:
@@ -124,6 +154,8 @@ def _frames(stream: AvatarStream, sound: Chunks, sink: FrameSink, skip: int) -> 
         skip -= samples.shape[1] - fresh.shape[1]
         if fresh.shape[1]:
             yield from stream.feed(torch.from_numpy(fresh), rate)
+    if skip:
+        raise ValueError("the sound ended before the place to resume from")
     yield from stream.finish()
 
 
@@ -136,7 +168,9 @@ def _load(stream: AvatarStream, resume: Resume | None, sound: Chunks) -> int:
         return 0
     if not resume.path.is_file():
         raise CheckpointError(f"nothing to resume: {resume.path} does not exist; start without resuming")
-    stream.latents.load_state(resume.path)
+    if iter(sound) is sound:
+        raise ValueError("an iterator of sound cannot be resumed: it can be read only once")
+    stream.load_state(resume.path)
     if _checksum(sound, stream.state.track.source_samples) != stream.state.heard:
         raise CheckpointError("the sound is not that of the run to resume: give the same file, or do not resume")
     done = stream.latents.blocks_done

@@ -81,5 +81,5 @@ class Geometry:
         return -(-self.latents_of_frames(frames) // self.block_latents)
 
     def frames_of_duration(self, duration: Fraction) -> int:
-        """Pixel frames shown for `duration` seconds of sound: round(duration * fps), at least one for any sound."""
-        return max(1, round(duration * self.fps)) if duration > 0 else 0
+        """Pixel frames shown for `duration` seconds: round(duration * fps), halves up, at least one for any sound."""
+        return max(1, int(duration * self.fps + Fraction(1, 2))) if duration > 0 else 0

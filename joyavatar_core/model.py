@@ -343,10 +343,9 @@ class JoyAvatarDiT(nn.Module):
     def _time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, F] -> time embedding [B, F, D]"""
         half = self.config.freq_dim // 2
-        frequency = torch.exp(
-            -math.log(10000) * torch.arange(half, dtype=torch.float64, device=timesteps.device) / half
-        )
-        angles = timesteps.double()[..., None] * frequency
+        wide = torch.float32 if timesteps.device.type == "mps" else torch.float64  # MPS has no float64
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=wide, device=timesteps.device) / half)
+        angles = timesteps.to(wide)[..., None] * frequency
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
     def _table(self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], like: Tensor) -> Table:

@@ -30,4 +30,4 @@ def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose:
     key = struct.pack("<QQQ", seed, block, forward) + purpose.encode()
     digest = hashlib.blake2b(key, digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

@@ -9,7 +9,7 @@ Shape legend: B batch, C latent channels, F latent frames, n latents of a block,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -78,7 +78,10 @@ class RolloutState:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A model run under a policy; holds nothing that changes."""
+    """A model run under a policy; holds nothing that changes.
+
+    before_forward: called before every forward of the model; may raise to stop between two of them.
+    """
 
     model: JoyAvatarDiT
     policy: RolloutPolicy
@@ -88,6 +91,7 @@ class Rollout:
     device: torch.device
     dtype: torch.dtype
     batch: int = 1
+    before_forward: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         if self.geometry.block_latents != self.policy.block_latents:
@@ -139,12 +143,21 @@ class Rollout:
             yield from self.run_window(state, num_blocks)
 
     def run_window(self, state: RolloutState, num_blocks: int | None = None) -> list[FinishedBlock]:
-        """Run the next window; returns the block that came out clean, if one did."""
-        finished = []
-        for step in self.policy.window_steps(state.window, num_blocks):
-            clean = self.step(state, step)
-            if clean is not None:
-                finished.append(clean)
+        """Run the next window; returns the block that came out clean, if one did.
+
+        When a forward raises, the state is as it was before the window, which may be run again.
+        """
+        before, finished = dict(state.noisy), []
+        try:
+            for step in self.policy.window_steps(state.window, num_blocks):
+                clean = self.step(state, step)
+                if clean is not None:
+                    finished.append(clean)
+        except BaseException:
+            state.noisy = before
+            for cache in state.caches:
+                cache.committed = self.policy.first_block(state.window)
+            raise
         state.window += 1
         return finished
 
@@ -172,7 +185,7 @@ class Rollout:
             _, kv = self._forward(state, latents, zero, [block], self._past(state, block), self._start(block), None)
         if self.policy.kv_level != "per_step":
             state.caches[0].commit(block, kv)
-        state.motion = latents[:, :, -1:].clone()
+        state.motion = latents[:, :, -1:].detach().clone()
         for old in [b for b in state.audio if b < block]:
             del state.audio[old]
             state.audio_kv.pop(old, None)
@@ -211,6 +224,7 @@ class Rollout:
         if self.condition.image is not None:
             x = torch.cat([x, self.condition.image.at(indices).to(x)], dim=1)
         positions = range(start - lead, start + len(latents))
+        self.before_forward()
         return self.model(x, timesteps, positions, self.condition.kv, self._audio(state, blocks, lead), past)
 
     def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Streams: sound in any chunking -> clean latent blocks -> pixel frames, with all memory in one StreamState.
 
-`LatentStream` drives the rollout as far as the sound heard so far allows; `FrameStream` decodes its blocks;
-`AvatarStream` is both. What comes out depends on the sound and the seed, never on how the sound was cut up.
+`LatentStream` drives the rollout as far as the sound heard so far allows; `FrameStream` decodes finished blocks;
+`AvatarStream` is both over one state.
+What comes out depends on the sound and the seed, never on how the sound was cut up.
 
 Shape legend: B batch, C latent channels, n latents of a block, h w latent size, T pixel frames, H W pixels.
 """
@@ -80,7 +81,7 @@ class LatentStream:
 
     def __init__(self, rollout: Rollout, front_end: AudioFrontEnd, state: StreamState | None = None) -> None:
         self.rollout, self.front_end = rollout, front_end
-        self.state = state or StreamState(rollout.start(), AudioTrack(), identity(rollout))
+        self.state = state or StreamState(rollout.start(), AudioTrack(), identity(rollout, front_end))
 
     @property
     def frames_total(self) -> int | None:
@@ -103,13 +104,16 @@ class LatentStream:
 
         Consume the iterator before feeding again; between two blocks the state may be saved.
         """
-        self.state.track.push(samples, sample_rate)
-        self.state.heard = checksum(samples, self.state.heard)
+        heard = checksum(samples, self.state.heard)
+        with torch.inference_mode():  # wherever the caller stands: buffers must not change between the modes
+            self.state.track.push(samples, sample_rate)
+        self.state.heard = heard
         yield from self._advance()
 
     def finish(self) -> Iterator[LatentBlock]:
         """The sound has ended: yield the remaining blocks. ValueError if there was no sound at all."""
-        self.state.track.finish()
+        with torch.inference_mode():
+            self.state.track.finish()
         if not self.frames_total:
             raise ValueError("the audio has 0 samples: there is nothing to speak")
         yield from self._advance()
@@ -122,19 +126,22 @@ class LatentStream:
         header = json.loads(metadata["stream_state"])
         if header["identity"] != self.state.identity:
             raise checkpoint.CheckpointError(
-                f"{Path(path).name} belongs to another run (model, picture, policy, size or seed differ): "
-                "use the same settings, or start without resuming"
+                f"{Path(path).name} belongs to another run (model, picture, policy, size, seed, threads or machine "
+                "differ): use the same settings, or start without resuming"
             )
         parts: dict[str, StreamTensors] = {"rollout": {}, "track": {}, "decoder": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.state.rollout = self.rollout.restore(parts["rollout"], header["window"])
-        self.state.track.load_state(parts["track"])
-        self.state.heard = header["heard"]
-        device = self.rollout.device
-        decoder = {k: t.to(device) for k, t in parts["decoder"].items()}
-        self.state.decoder = decoder if header["started"] else None
+        track = AudioTrack()
+        try:
+            for name, tensor in tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = tensor
+            rollout = self.rollout.restore(parts["rollout"], header["window"])
+            with torch.inference_mode():
+                track.load_state(parts["track"])
+        except (KeyError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{Path(path).name} is not whole: {error}") from error
+        decoder = {k: t.to(self.rollout.device) for k, t in parts["decoder"].items()} if header["started"] else None
+        self.state = StreamState(rollout, track, self.state.identity, decoder, header["heard"])
 
     def _advance(self) -> Iterator[LatentBlock]:
         geometry, state = self.rollout.geometry, self.state.rollout
@@ -142,12 +149,18 @@ class LatentStream:
             block = state.window
             if self.blocks_total is None or block < self.blocks_total:
                 latents = geometry.latents_of_block(block)
-                state.audio[block] = self.front_end.features(self.state.track, latents)
-                self.state.track.drop(self.front_end.keeps(latents.stop))
+                self._hear(block, latents)
             with torch.inference_mode():
                 finished = self.rollout.run_window(state, self.blocks_total)
             for clean in finished:
                 yield LatentBlock(clean.index, clean.latents, self._shown(clean.index))
+
+    def _hear(self, block: int, latents: range) -> None:
+        """Audio tokens of the block that enters the window; the sound before them is dropped."""
+        if block not in self.state.rollout.audio:  # it is there when a window is run again after an interrupt
+            with torch.inference_mode():
+                self.state.rollout.audio[block] = self.front_end.features(self.state.track, latents)
+                self.state.track.drop(self.front_end.keeps(latents.stop))
 
     def _ready(self) -> bool:
         """Whether the next window can run: the block that enters it has its sound, or the sound has ended."""
@@ -163,14 +176,29 @@ class LatentStream:
         return len(frames) if total is None else min(len(frames), total - frames.start)
 
 
+class FrameStream:
+    """Finished blocks in, pixel frames out; `state` is the decoder's memory, None before the first block."""
+
+    def __init__(self, autoencoder: VideoAutoencoder, state: StreamTensors | None = None) -> None:
+        self.autoencoder, self.state = autoencoder, state
+
+    def decode(self, block: LatentBlock) -> Tensor:
+        """The next block of a stream -> the frames of it that are shown, [B, 3, T, H, W] in [-1, 1]."""
+        with torch.inference_mode():
+            video, self.state = self.autoencoder.decode_stream(block.latents, self.state)
+        return video[:, :, : block.frames]
+
+
 class AvatarStream:
-    """Sound in, pixel frames out: a LatentStream and a streaming decoder over one state.
+    """Sound in, pixel frames out: a LatentStream and a FrameStream over one state.
 
     Frames are [B, 3, T, H, W] in [-1, 1], a block at a time: 9 frames first, then 12, fewer at the end.
     """
 
     def __init__(self, latents: LatentStream, autoencoder: VideoAutoencoder) -> None:
-        self.latents, self.autoencoder = latents, autoencoder
+        self.latents, self.frames = latents, FrameStream(autoencoder, latents.state.decoder)
+        if isinstance(autoencoder, nn.Module):  # a state belongs to its decoder too
+            latents.state.identity = _digest(latents.state.identity.encode(), _sample(autoencoder))
 
     @property
     def state(self) -> StreamState:
@@ -184,32 +212,45 @@ class AvatarStream:
         """The sound has ended: yield the remaining frames."""
         yield from map(self._decode, self.latents.finish())
 
+    def load_state(self, path: str | Path) -> None:
+        """Go on from a saved state; see LatentStream.load_state."""
+        self.latents.load_state(path)
+        self.frames.state = self.state.decoder
+
     def _decode(self, block: LatentBlock) -> Tensor:
-        with torch.inference_mode():
-            latents = block.latents.to(self.latents.rollout.dtype)
-            video, self.state.decoder = self.autoencoder.decode_stream(latents, self.state.decoder)
-        return video[:, :, : block.frames]
+        frames = self.frames.decode(block)
+        self.state.decoder = self.frames.state
+        return frames
 
 
 def checksum(samples: Tensor, before: int = 0) -> int:
     """CRC-32 of sound [channels, m] or [m] that follows sound of the checksum `before`, however it was cut up."""
-    return zlib.crc32(samples.float().T.contiguous().numpy().tobytes(), before)
+    return zlib.crc32(samples.detach().cpu().float().movedim(0, -1).contiguous().numpy().tobytes(), before)
 
 
-def identity(rollout: Rollout) -> str:
-    """A short hash of all that decides a stream besides its sound: two runs with one identity may share a state."""
-    digest = hashlib.blake2b(digest_size=16)
-    parts = (rollout.policy, rollout.geometry, rollout.seed, rollout.dtype, rollout.batch, rollout.model.config)
-    digest.update(repr(parts).encode())
-    digest.update(_sample(rollout.model))
+def identity(rollout: Rollout, front_end: AudioFrontEnd) -> str:
+    """A short hash of all that decides a stream besides its sound: two runs with one identity may share a state.
+
+    Weights are sampled, and of the constant keys and values the first layer is enough. The bits of a picture's
+    latents may differ between machines, thread counts and precisions: then the identity does too.
+    """
+    settings = (rollout.policy, rollout.geometry, rollout.seed, rollout.dtype, rollout.batch, rollout.model.config)
+    hearing = (type(front_end).__name__, front_end.channels, front_end.tokens_per_latent)
     image, kv = rollout.condition.image, rollout.condition.kv
-    constant = [t for layers in (kv.text, kv.image, kv.face) for pair in layers or () for t in pair]
-    for tensor in constant if image is None else [image.channels, *constant]:
-        digest.update(tensor.float().cpu().numpy().tobytes())
+    constant = [t for layers in (kv.text, kv.image, kv.face) if layers for t in layers[0]]
+    constant += [] if image is None else [image.channels]
+    pictures = (t.float().cpu().numpy().tobytes() for t in constant)
+    return _digest(repr((settings, hearing)).encode(), _sample(rollout.model), *pictures)
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 
-def _sample(model: nn.Module) -> bytes:
+def _sample(module: nn.Module) -> bytes:
     """A few values of every parameter: tells two checkpoints apart without reading them whole."""
-    picked = [p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float().cpu() for p in model.parameters()]
+    picked = [p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float().cpu() for p in module.parameters()]
     return torch.cat(picked).numpy().tobytes()

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from joyavatar_core.cli import generate as generate_command
 from joyavatar_core.cli.main import main
+from joyavatar_core.generate import Progress, _Saver
+from joyavatar_core.stream import StreamState
 
 
 def write_sound(path: Path, seconds: float, rate: int = 16000, channels: int = 1) -> Path:
@@ -208,6 +211,9 @@ def test_resume_of_nothing_is_refused(picture: Path, tmp_path: Path, capsys) -> 
         (["--image", "missing.png"], "missing.png"),
         (["--audio", "missing.wav"], "missing.wav"),
         (["--pcm", "x", "--audio", "-"], "RATE:CHANNELS:FORMAT"),
+        (["--threads", "-1"], "--threads -1"),
+        (["--checkpoint-blocks", "-3"], "--checkpoint-blocks -3"),
+        (["--fps", "12"], "output_fps 12"),
     ],
 )
 def test_bad_options_end_in_one_line(picture: Path, tmp_path: Path, capsys, more: list[str], word: str) -> None:
@@ -255,3 +261,42 @@ def test_bench_ends_in_json(capsys) -> None:
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     keys = {"dit_fps", "decode_fps", "end_to_end_fps", "first_frame_s", "peak_rss_mb", "baseline_end_to_end_fps"}
     assert keys <= figures.keys() and all(figures[k] > 0 for k in keys)
+
+
+class StopError(Exception):
+    """A run that dies at a chosen block."""
+
+
+@pytest.mark.parametrize("block", [1, 3, 8])
+def test_an_error_at_any_block_leaves_a_run_that_resumes(
+    picture: Path, tmp_path: Path, monkeypatch, block: int
+) -> None:
+    """Also at the last block, which is not in the file before the end and so must not be in the state."""
+    sound, out = write_sound(tmp_path / "s.wav", 5.5), tmp_path / "o.mp4"
+    more = ("--checkpoint-blocks", "1")
+    assert main(words(picture, sound, tmp_path / "whole.mp4")) == 0
+    show = generate_command._show
+
+    def die(bar: object, progress: Progress, expected: int | None) -> None:
+        show(bar, progress, expected)
+        if progress.blocks == block:
+            raise StopError
+
+    monkeypatch.setattr(_Saver, "SHARE", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(StopError):
+        patch.setattr(generate_command, "_show", die)
+        main(words(picture, sound, out, *more))
+    assert {p.name for p in tmp_path.glob("o.*")} == {"o.part.mp4", "o.state.safetensors"}
+    assert main(words(picture, sound, out, "--resume", *more)) == 0
+    assert np.array_equal(frames_of(out), frames_of(tmp_path / "whole.mp4"))
+    assert {p.name for p in tmp_path.glob("o.*")} == {"o.mp4"}
+
+
+def test_a_state_that_cannot_be_saved_does_not_end_the_run(picture: Path, tmp_path: Path, caplog, monkeypatch) -> None:
+    def refuse(self: StreamState, path: Path) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(StreamState, "save", refuse)
+    sound = write_sound(tmp_path / "s.wav", 4.0)
+    assert main(words(picture, sound, tmp_path / "o.mp4", "--checkpoint-blocks", "1")) == 0
+    assert "cannot be resumed" in caplog.text and len(frames_of(tmp_path / "o.mp4")) == 64

@@ -19,7 +19,7 @@ from joyavatar_core.config import AudioConfig
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.rollout import Condition, Rollout
-from joyavatar_core.stream import AvatarStream, LatentStream
+from joyavatar_core.stream import AvatarStream, FrameStream, LatentStream
 
 from .helpers import SMALL, small_model
 
@@ -99,7 +99,7 @@ def test_stream_is_the_rollout_of_the_whole_clip(whole: torch.Tensor) -> None:
         state.audio[block] = stream.latents.front_end.features(track, geometry.latents_of_block(block))
     with torch.inference_mode():
         latents = torch.cat([done.latents for done in rollout.run(state, blocks)], dim=2)
-        video = stream.autoencoder.decode(latents)
+        video = stream.frames.autoencoder.decode(latents)
     assert (video[:, :, : whole.shape[2]] - whole).abs().max() < 1e-5
 
 
@@ -127,7 +127,7 @@ def test_saved_and_loaded_at_any_block_is_bit_identical(after: int, whole: torch
                 stream.state.save(path)
                 break
     again = make_stream()
-    again.latents.load_state(path)
+    again.load_state(path)
     heard = again.state.track.source_samples
     frames += list(again.feed(samples[:, heard:], RATE)) if heard < samples.shape[1] else []
     frames += list(again.finish())
@@ -138,10 +138,10 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     make_stream(seed=1).state.save(path)
     with pytest.raises(CheckpointError, match="another run"):
-        make_stream(seed=2).latents.load_state(path)
+        make_stream(seed=2).load_state(path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="not a readable"):
-        make_stream(seed=1).latents.load_state(path)
+        make_stream(seed=1).load_state(path)
 
 
 def test_state_has_constant_size_in_steady_state() -> None:
@@ -171,3 +171,46 @@ def test_live_input_lags_by_the_window_and_no_more() -> None:
     for block, moment in done.items():
         heard = geometry.frames_of_block(block + 3).stop / 16
         assert heard <= moment <= heard + 0.25
+
+
+class StopError(Exception):
+    """Somebody wants no more."""
+
+
+def test_interrupted_at_any_forward_and_fed_on_gives_the_same_frames(whole: torch.Tensor) -> None:
+    """A window that was broken off is run again from its beginning."""
+    for stop_at in (2, 8, 9):
+        stream, count = make_stream(), 0
+
+        def stop(limit: int = stop_at) -> None:
+            nonlocal count
+            count += 1
+            if count == limit:
+                raise StopError
+
+        object.__setattr__(stream.latents.rollout, "before_forward", stop)
+        samples, frames = sound(5.3), []
+        with pytest.raises(StopError):
+            for made in stream.feed(samples, RATE):
+                frames.append(made)
+        frames += list(stream.feed(samples[:, :0], RATE))
+        frames += list(stream.finish())
+        assert torch.equal(torch.cat(frames, dim=2), whole)
+
+
+def test_made_in_inference_mode_and_fed_outside() -> None:
+    with torch.inference_mode():
+        stream = make_stream()
+        frames = list(stream.feed(sound(5.3)[:, :60000], RATE))
+    frames += list(stream.feed(sound(5.3)[:, 60000:], RATE))
+    frames += list(stream.finish())
+    assert torch.equal(torch.cat(frames, dim=2), play(make_stream(), sound(5.3), [60000]))
+
+
+def test_latents_and_frames_apart_are_the_stream_whole(whole: torch.Tensor) -> None:
+    """A sampler and a decoder that know nothing of each other, as two nodes on a canvas."""
+    stream = make_stream()
+    blocks = [*stream.latents.feed(sound(5.3), RATE), *stream.latents.finish()]
+    for _ in range(2):  # two consumers
+        decoder = FrameStream(stream.frames.autoencoder)
+        assert torch.equal(torch.cat([decoder.decode(b) for b in blocks], dim=2), whole)

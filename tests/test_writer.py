@@ -259,10 +259,21 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
         VideoWriter.resume(path, 64, 64, frames_done=9, **OPTIONS)
 
 
-def test_exception_and_ctrl_c_cancel(tmp_path):
-    for error in (RuntimeError, KeyboardInterrupt):
+def test_an_error_leaves_a_part_that_plays_and_resumes(tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(RuntimeError), VideoWriter(path, 64, 64, **OPTIONS) as writer:
+        writer.write_audio(make_sound(45))
+        writer.write(make_frames(0, 14))
+        raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["a.part.mp4"]
+    assert len(video_of(part_path(path))[1]) == 9
+    VideoWriter.resume(path, 64, 64, frames_done=9, **OPTIONS)
+
+
+def test_ctrl_c_and_a_named_exception_cancel(tmp_path):
+    for error in (InterruptedError, KeyboardInterrupt):
         path = tmp_path / "a.mp4"
-        with pytest.raises(error), VideoWriter(path, 64, 64, **OPTIONS) as writer:
+        with pytest.raises(error), VideoWriter(path, 64, 64, **OPTIONS, cancelled_by=(error,)) as writer:
             writer.write_audio(make_sound(45))
             writer.write(make_frames(0, 14))
             raise error

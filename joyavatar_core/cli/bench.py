@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import sys
 import tempfile
@@ -57,6 +56,8 @@ class Setup:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
     if args.threads:
         torch.set_num_threads(args.threads)
     if not 8 <= args.blocks <= 20_000:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     if args.baseline:
         figures["baseline_end_to_end_fps"] = plain_end_to_end(setup)
         figures["speedup"] = round(float(str(figures["end_to_end_fps"])) / figures["baseline_end_to_end_fps"], 2)
-    figures["peak_rss_mb"] = round(peak_rss_mb())
+    figures["peak_rss_mb"] = round(peak_rss_mb(), 1)
     if not args.json:
         for name, value in figures.items():
             print(f"{name:24s} {value}")
@@ -182,7 +183,11 @@ def soak(setup: Setup) -> dict[str, float]:
 
 
 def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far."""
+    """Highest resident memory of this process so far; not a number where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)
 

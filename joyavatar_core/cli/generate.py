@@ -6,11 +6,14 @@ import argparse
 import contextlib
 import json
 import logging
+import queue
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from ..generate import Progress, Resume, from_uint8, generate
 from ..geometry import Geometry
 from ..media.picture import fit_picture, read_picture
 from ..media.sound import PcmPipe, SoundFile
-from ..media.writer import VideoWriter
+from ..media.writer import VideoWriter, checked_path, part_path
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
 from .options import policy_of, size_of
@@ -34,27 +37,45 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class HeardSound:
-    """Sound on its way to the engine: remembers when the newest of it came, for the latency of live input."""
+    """Sound on its way to the engine. Live sound is read by a thread of its own, which notes when each piece came."""
 
     source: SoundFile | PcmPipe
     arrivals: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=4096))
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
-        total = 0
-        for samples in self.source:
-            total += samples.shape[1]
-            self.arrivals.append((total / self.source.sample_rate, time.perf_counter()))
-            yield samples, self.source.sample_rate
+        pieces = self._live(self.source) if isinstance(self.source, PcmPipe) else iter(self.source)
+        return ((samples, self.source.sample_rate) for samples in pieces)
+
+    def _live(self, pipe: PcmPipe) -> Iterator[np.ndarray]:
+        pieces: queue.Queue[np.ndarray | BaseException | None] = queue.Queue(maxsize=4096)
+
+        def read() -> None:
+            total = 0
+            try:
+                for samples in pipe:
+                    total += samples.shape[1]
+                    self.arrivals.append((total / pipe.sample_rate, time.perf_counter()))
+                    pieces.put(samples)
+                pieces.put(None)
+            except (ValueError, OSError) as error:
+                pieces.put(error)
+
+        threading.Thread(target=read, daemon=True).start()
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
 
     def arrival(self, second: float) -> float | None:
         """When the sound had reached this second; None if it never did."""
-        return next((moment for heard, moment in self.arrivals if heard >= second), None)
+        return next((moment for heard, moment in tuple(self.arrivals) if heard >= second), None)
 
 
 def run(args: argparse.Namespace) -> int:
     """`joyavatar generate`."""
     policy = policy_of(args)
-    output = Path(args.output)
+    output = checked_path(args.output)
+    _check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     sound = _sound(args)
@@ -103,15 +124,23 @@ class _Job:
 
             def tell(progress: Progress) -> None:
                 self._note_lag()
-                _show(bar, progress)
+                _show(bar, progress, self._expected_blocks())
 
-            stack.push(lambda kind, *_: self._forget(resume) if kind in (None, KeyboardInterrupt) else None)
+            stack.callback(self._forget, resume)
             return generate(self.stream, self.sound, open_sink, resume, tell)
 
-    @staticmethod
-    def _forget(resume: Resume) -> None:
-        """The file is finished, or was cancelled on purpose: its saved state is of no more use."""
-        resume.path.unlink(missing_ok=True)
+    def _forget(self, resume: Resume) -> None:
+        """A saved state lives as long as the unfinished video it belongs to."""
+        if not part_path(self.output).exists():
+            resume.path.unlink(missing_ok=True)
+
+    def _expected_blocks(self) -> int | None:
+        """Blocks of the clip by what the sound file says of its length."""
+        source = self.sound.source
+        seconds = source.duration if isinstance(source, SoundFile) else None
+        if not seconds:
+            return None
+        return self.geometry.blocks_of_frames(self.geometry.frames_of_duration(Fraction(seconds)))
 
     def report(self, path: Path, progress: Progress) -> None:
         """Figures of the run as JSON."""
@@ -154,6 +183,16 @@ class _Job:
         came = self.sound.arrival(float(stop / self.geometry.fps))
         if came is not None:
             self.lags.append(time.perf_counter() - came)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    if not 0 <= args.seed < 2**64:
+        raise ValueError(f"seed {args.seed} must lie in 0 .. 2**64 - 1")
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
+    if args.checkpoint_blocks < 0:
+        raise ValueError(f"--checkpoint-blocks {args.checkpoint_blocks} must be at least 0 (0: no states)")
 
 
 def _sound(args: argparse.Namespace) -> HeardSound:
@@ -207,10 +246,9 @@ def _bar() -> Any:
     return tqdm(unit="block", disable=None, dynamic_ncols=True)
 
 
-def _show(bar: Any, progress: Progress) -> None:
+def _show(bar: Any, progress: Progress, expected: int | None) -> None:
     """Blocks, frames a second; tqdm adds the time left."""
-    if progress.blocks_total is not None:
-        bar.total = progress.blocks_total
+    bar.total = progress.blocks_total or expected
     if bar.n == 0 and progress.blocks > 1:
         bar.initial = bar.n = progress.blocks - 1
     bar.set_postfix_str(f"{progress.fps:.1f} fps")

@@ -72,9 +72,12 @@ class VideoWriter:
     crf, preset: of x264. segment_frames, first_segment_frames: see Layout; the end of a segment is where a file can be
     resumed, and what a kill leaves is the video up to the last such end.
 
-    As a context manager a normal exit closes; an exception, Ctrl-C too, cancels. A writer that was given no frame
-    leaves no file. Raises MediaError, before any work, for a path that cannot be written, or for what `Layout`
-    refuses; later on for a full disk, and then NAME.part.mp4 stays and plays.
+    cancelled_by: exceptions that mean that somebody wants no more.
+
+    As a context manager a normal exit closes and an exception of `cancelled_by` cancels; any other leaves the part,
+    which plays and can be resumed. A writer that was given no frame leaves no file. Raises MediaError, before any
+    work, for a path that cannot be written, or for what `Layout` refuses; later on for a full disk, and then
+    NAME.part.mp4 stays and plays.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class VideoWriter:
         preset: str = "veryfast",
         segment_frames: int = 12,
         first_segment_frames: int | None = None,
+        cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
     ) -> None:
         source = Fraction(source_fps)
         self.layout = Layout(
@@ -107,7 +111,7 @@ class VideoWriter:
             segment_frames=segment_frames,
             first_segment_frames=segment_frames if first_segment_frames is None else first_segment_frames,
         )
-        self.path = _checked_path(path)
+        self.path = checked_path(path)
         self.part = part_path(self.path)
         self._tags = _tags(settings, tags or {}, self.layout)
         self._start = opening_of(self.layout, {**self._tags, "complete": "false"})
@@ -119,6 +123,7 @@ class VideoWriter:
         self._written = 0
         self._safe = 0
         self._interrupted = False
+        self._cancelled_by = cancelled_by
         self._closed = False
 
     @classmethod
@@ -193,11 +198,14 @@ class VideoWriter:
     ) -> None:
         if kind is None:
             self.close()
-            return
-        try:
-            self.cancel()
-        except MediaError as second:  # the first error is the one to tell
-            logger.error("%s", second)
+        elif not issubclass(kind, self._cancelled_by):
+            if not self._closed:
+                self._abandon()
+        else:
+            try:
+                self.cancel()
+            except MediaError as second:  # the first error is the one to tell
+                logger.error("%s", second)
 
     def _write_frame(self, rgb: np.ndarray) -> None:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format="rgb24")
@@ -347,7 +355,7 @@ def _sibling(path: Path, word: str) -> Path:
     return path.with_name(f"{path.stem}.{word}.mp4")
 
 
-def _checked_path(path: str | Path) -> Path:
+def checked_path(path: str | Path) -> Path:
     """The path, if a file of the longest name used can be made there. Makes missing folders."""
     path = Path(path)
     if path.suffix.lower() != ".mp4":

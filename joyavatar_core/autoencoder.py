@@ -205,10 +205,15 @@ class LightAutoencoder(nn.Module):
 
         Returns the pixel frames [B, 3, T, H, W] (T = 4 F, three fewer at the start) and the state to pass next.
         """
+        video, state = self.decode_unclamped(latents, state)
+        return video.clamp(-1, 1), state
+
+    def decode_unclamped(self, latents: Tensor, state: StreamTensors | None = None) -> tuple[Tensor, StreamTensors]:
+        """`decode_stream` without the limit to [-1, 1], beyond which there is no gradient: for training."""
         start = state is None
         x, state = _run(self.decoder, _fold_time(self._denormalise(latents)), latents.shape[0], state)
         video = _unfold_time(F.pixel_shuffle(x, self.config.patch), latents.shape[0]).to(latents.dtype)
-        return (video[:, :, TEMPORAL - 1 :] if start else video).clamp(0, 1) * 2 - 1, state
+        return (video[:, :, TEMPORAL - 1 :] if start else video) * 2 - 1, state
 
     def folded(self) -> LightAutoencoder:
         """The same autoencoder with a faster decoder, for inference only: equal up to rounding, not to be saved."""

@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Full
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import autoencoder as light
-from ..autoencoder import AUTOENCODERS, TEMPORAL, AutoencoderConfig, LightAutoencoder
+from .. import checkpoint
+from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from .common import Muon, rate_scale, record, write_whole
 from .drawn import Avatar, Image, motion, photo_like, render, texture
 from .speech import synthesize
@@ -233,9 +233,7 @@ def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> t
     """
     latents = model.encode(video)
     noisy = latents + noise * torch.randn_like(latents)
-    flat, _ = light._run(model.decoder, light._fold_time(noisy), video.shape[0], None)
-    decoded = light._unfold_time(F.pixel_shuffle(flat, model.config.patch), video.shape[0])
-    return decoded[:, :, TEMPORAL - 1 :].float() * 2 - 1, latents.float()
+    return model.decode_unclamped(noisy)[0].float(), latents.float()
 
 
 def picture_loss(recipe: Recipe, made: Tensor, video: Tensor, weights: Tensor) -> Tensor:
@@ -339,25 +337,9 @@ def _encode(model: LightAutoencoder, sample: Sample) -> Tensor:
 
 
 def save_model(path: Path, model: LightAutoencoder, config: AutoencoderConfig, notes: dict[str, object]) -> None:
-    """Write weights with their config (JSON) in the metadata, whole or not at all."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    _save(
-        path,
-        tensors,
-        {"autoencoder_config": json.dumps(asdict(config)), "kind": "light_autoencoder", **_strings(notes)},
-    )
-
-
-def load_model(path: Path) -> LightAutoencoder:
-    """The autoencoder saved at `path`, in evaluation mode. Raises OSError when there is no such file."""
-    with safe_open(path, "pt") as file:
-        config: dict[str, Any] = json.loads(file.metadata()["autoencoder_config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    for key in [key for key, value in config.items() if isinstance(value, list)]:
-        config[key] = tuple(config[key])
-    model = LightAutoencoder(AutoencoderConfig(**config))
-    model.load_state_dict(tensors)
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    """Write weights with their config and notes (JSON) in the metadata; `avatar.load_light_autoencoder` reads them."""
+    metadata = {"autoencoder_config": checkpoint.config_to_json(config), "kind": "light_autoencoder", **_strings(notes)}
+    checkpoint.write(path, model.state_dict(), metadata)
 
 
 def _strings(notes: dict[str, object]) -> dict[str, str]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..audio import AudioFrontEnd, AudioTrack, LogMel
-from ..autoencoder import AutoencoderConfig, LightAutoencoder
+from ..autoencoder import LightAutoencoder
+from ..avatar import load_light_autoencoder
 from ..conditioning import ImageChannels, image_channels
 from ..geometry import Geometry
 from .clips import StoredClip, read_clip
@@ -56,18 +57,6 @@ class EncodedClips:
         return torch.cat([mask, image], dim=2).transpose(1, 2)
 
 
-def load_autoencoder(path: Path) -> LightAutoencoder:
-    """The light autoencoder of a file written by training.autoencoder. CheckpointError for any other file."""
-
-    def build(metadata: dict[str, str], _: checkpoint.Tensors) -> LightAutoencoder:
-        text = metadata.get("autoencoder_config") or metadata.get("config")
-        if text is None:
-            raise checkpoint.CheckpointError(f"{path.name} has no config: train one with training.autoencoder")
-        return LightAutoencoder(checkpoint.config_from_json(AutoencoderConfig, text))
-
-    return checkpoint.load_module(path, build, "light autoencoder").to(memory_format=torch.channels_last)  # pyright: ignore
-
-
 @dataclass(frozen=True)
 class LatentStore:
     """The clips of a folder and, beside them, their latents for one autoencoder file."""
@@ -94,7 +83,7 @@ class LatentStore:
 
     def encode(self, count: int | None = None) -> None:
         """Encode the first `count` clips, or all, that are not encoded yet."""
-        autoencoder, front_end, home = load_autoencoder(self.weights), LogMel(self.geometry), self.home
+        autoencoder, front_end, home = load_light_autoencoder(self.weights), LogMel(self.geometry), self.home
         home.mkdir(parents=True, exist_ok=True)
         for i, path in enumerate(self.paths[:count]):
             if not (home / path.name).exists():

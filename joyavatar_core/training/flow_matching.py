@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, flow
+from ..avatar import load_light_autoencoder
 from ..conditioning import reference_tokens
 from ..config import MODELS, ModelConfig
 from ..geometry import Geometry
@@ -37,7 +38,7 @@ from ..policy import policy as policy_named
 from . import preview
 from .clips import list_clips
 from .common import Muon, Weights, rate_scale, record, write_whole
-from .encoded import EncodedClips, LatentStore, load_autoencoder
+from .encoded import EncodedClips, LatentStore
 from .sequences import Layout, Mixture, sample_latents, sample_layout, sample_levels
 
 log = logging.getLogger(__name__)
@@ -389,7 +390,7 @@ def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, again: bool
     Training starts with the first clips encoded; a worker encodes the rest meanwhile.
     """
     out.mkdir(parents=True, exist_ok=True)
-    decoder = load_autoencoder(autoencoder)
+    decoder = load_light_autoencoder(autoencoder)
     geometry = Geometry(recipe.size, recipe.size, spatial=decoder.spatial, patch=MODELS[recipe.model].patch)
     store = LatentStore(list_clips(clips), clips, autoencoder, geometry)
     store.encode(recipe.held_out + recipe.first_clips)

@@ -188,6 +188,12 @@ def test_generate_with_ready_embeddings(files: Path, tmp_path: Path, capsys: Any
     assert len(frames_of(out)) == 16
 
 
+def test_generate_hearing_the_whole_sound(files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "avatar.mp4"
+    assert main([*words(files, out, vae=files / "light.safetensors"), "--whole-audio"]) == 0
+    assert len(frames_of(out)) == 16
+
+
 def test_generate_without_audio_branch(files: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A plain Wan2.1: the sound sets the length, and a warning says so."""
     silent = ModelConfig(dim=24, ffn_dim=32, layers=1, heads=2, in_channels=16, text_dim=TEXT, text_len=8, image_dim=0)

@@ -20,16 +20,17 @@ from joyavatar_core.geometry import Geometry
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.rollout import Condition, Rollout
 from joyavatar_core.stream import AvatarStream, FrameStream, LatentStream
+from joyavatar_core.wav2vec import Wav2Vec2Windows
 
 from .helpers import SMALL, small_model
 
 MODEL = replace(SMALL, image_dim=4, audio=AudioConfig("window", features=16, width=8, window=10, tokens=2, hidden=8))
+WAV2VEC_MODEL = replace(MODEL, audio=AudioConfig("tokens", features=16, width=8))
 RATE = 22050
 
 
-def make_stream(seed: int = 0, front_end: type = LogMel, policy: RolloutPolicy | None = None) -> AvatarStream:
+def make_stream(seed: int = 0, hears: str = "log-mel") -> AvatarStream:
     """A stream of the small model at 32x32 with a random picture."""
-    policy = policy or RolloutPolicy()
     torch.manual_seed(7)
     autoencoder = LightAutoencoder(
         AutoencoderConfig(
@@ -41,13 +42,31 @@ def make_stream(seed: int = 0, front_end: type = LogMel, policy: RolloutPolicy |
             decoder_blocks=(1, 1, 1),
         )
     ).eval()
-    model = small_model(dtype=torch.float32, config=MODEL)
+    model = small_model(dtype=torch.float32, config=MODEL if hears == "log-mel" else WAV2VEC_MODEL)
     geometry = Geometry(32, 32, spatial=8, patch=MODEL.patch)
     with torch.no_grad():
         channels = image_channels(autoencoder, torch.rand(1, 3, 32, 32) * 2 - 1)
         condition = Condition(model.condition(image=reference_tokens(channels.picture, MODEL.patch)), channels)
-    rollout = Rollout(model, policy, geometry, condition, seed, torch.device("cpu"), torch.float32)
-    return AvatarStream(LatentStream(rollout, LogMel(geometry, mels=8, hops_per_frame=2)), autoencoder)
+    rollout = Rollout(model, RolloutPolicy(), geometry, condition, seed, torch.device("cpu"), torch.float32)
+    if hears == "log-mel":
+        return AvatarStream(LatentStream(rollout, LogMel(geometry, mels=8, hops_per_frame=2)), autoencoder)
+    return AvatarStream(LatentStream(rollout, Wav2Vec2Windows(tiny_wav2vec2(), geometry)), autoencoder)
+
+
+def tiny_wav2vec2() -> torch.nn.Module:
+    """A random wav2vec2 with the real strides."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(4,) * 7,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+    )
+    return transformers.Wav2Vec2Model(config).eval()
 
 
 def sound(seconds: float) -> torch.Tensor:
@@ -78,6 +97,17 @@ def test_length_follows_the_sound(whole: torch.Tensor) -> None:
 def test_any_chunking_gives_the_same_frames(seconds: float, whole: torch.Tensor) -> None:
     step = max(1, round(seconds * RATE))
     assert torch.equal(play(make_stream(), sound(5.3), list(range(step, round(5.3 * RATE), step))), whole)
+
+
+def test_any_chunking_with_wav2vec2_gives_the_same_frames() -> None:
+    samples = sound(4.0)
+    at_once = play(make_stream(hears="wav2vec2"), samples, [])
+    for seconds in (0.001, 0.1, 1.0):
+        step = max(1, round(seconds * RATE))
+        cuts = list(range(step, samples.shape[1], step))
+        assert torch.equal(play(make_stream(hears="wav2vec2"), samples, cuts), at_once)
+    deaf = play(make_stream(hears="wav2vec2"), samples * 0, [])
+    assert not torch.allclose(at_once, deaf, atol=1e-3)
 
 
 @settings(max_examples=5, deadline=None)

@@ -36,7 +36,7 @@ from ..avatar import (
 from ..config import MODELS, AudioConfig, ModelConfig
 from ..media.picture import fit_picture
 from ..types import VideoAutoencoder
-from ..wav2vec import Layers, Wav2Vec2Windows, load_wav2vec2
+from ..wav2vec import Layers, Wav2Vec2Whole, Wav2Vec2Windows, load_wav2vec2
 from .options import size_of
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def load_full_size(
     model = load_model(model_files(args.model))
     _check_options(args, model.config)
     autoencoder = _autoencoder(args.vae, model.config, place, dtype)
-    front_end = _front_end(args.audio_encoder, model.config, place)
+    front_end = _front_end(args.audio_encoder, args.whole_audio, model.config, place)
     size = size_of(args.size) if args.size else DEFAULT_SIZE
     encoded = _encoded(args, model.config, fit_picture(picture, *size, args.fit), place, dtype)
     model = model.to(place, dtype).requires_grad_(False)
@@ -169,7 +169,7 @@ def _autoencoder(path: str, config: ModelConfig, device: torch.device, dtype: to
     return autoencoder
 
 
-def _front_end(path: str, config: ModelConfig, device: torch.device) -> FrontEndMaker:
+def _front_end(path: str, whole: bool, config: ModelConfig, device: torch.device) -> FrontEndMaker:
     if config.audio and config.audio.kind == "window":
         _check_log_mel(config.audio)
     if config.audio is None or config.audio.kind == "window":
@@ -177,7 +177,8 @@ def _front_end(path: str, config: ModelConfig, device: torch.device) -> FrontEnd
     with _quiet(require("transformers", "the wav2vec2 front end")):
         model = load_wav2vec2(path).to(device)  # pyright: ignore[reportArgumentType]
     layers = _layers(path, model.config, config.audio.features)
-    return lambda geometry: Wav2Vec2Windows(model, geometry, layers=layers)
+    kind = Wav2Vec2Whole if whole else Wav2Vec2Windows
+    return lambda geometry: kind(model, geometry, layers=layers)
 
 
 def _check_log_mel(audio: AudioConfig) -> None:

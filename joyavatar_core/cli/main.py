@@ -64,6 +64,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     full = p.add_argument_group("full-size models")
     full.add_argument("--vae", metavar="FILE", help="Wan2.1 VAE or a light autoencoder (taew2_1)")
     full.add_argument("--audio-encoder", metavar="PATH", help="wav2vec2 folder or .safetensors file")
+    full.add_argument("--whole-audio", action="store_true", help="hear the whole sound at once (at most 60 s)")
     full.add_argument("--text-encoder", metavar="PATH", help="umT5 folder, or a file with a ready embedding")
     full.add_argument("--clip-vision", metavar="PATH", help="CLIP-vision folder, or a file with ready tokens")
     full.add_argument("--face", metavar="FILE", help="file with a 512-number face embedding (.npy or .safetensors)")

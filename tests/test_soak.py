@@ -15,14 +15,19 @@ import torch
 
 from joyavatar_core.audio import AudioFrontEnd
 from joyavatar_core.avatar import Avatar, random_embedded
+from joyavatar_core.conditioning import ImageChannels, reference_tokens
 from joyavatar_core.config import MODELS, AudioConfig
 from joyavatar_core.generate import Progress, generate
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.media.writer import VideoWriter
 from joyavatar_core.policy import RolloutPolicy
+from joyavatar_core.rollout import Condition, Rollout
 from joyavatar_core.wav2vec import Wav2Vec2Windows
 
+from .helpers import SMALL, audio_tokens, small_model
+
 RATE = 44100
+CPU = torch.device("cpu")
 MINUTES = int(os.environ.get("SOAK_MINUTES", "10"))
 
 
@@ -79,3 +84,24 @@ def test_resident_memory_stays(make, tmp_path: Path) -> None:
     assert abs(at_the_end / after_a_minute - 1) < 0.03
     assert peak < 2000
     assert max(sizes[100:]) == max(sizes[40:100])  # the state has its largest size in the first minute
+
+
+@pytest.mark.slow
+def test_hundred_thousand_blocks_of_one_stream() -> None:
+    """RoPE indices stay below N and the state keeps its size, block by block, in a rollout that really runs."""
+    config = replace(SMALL, dim=8, ffn_dim=8, layers=1, heads=1, freq_dim=8)
+    policy = RolloutPolicy()
+    model = small_model(dtype=torch.float32, config=config)
+    channels = ImageChannels(torch.randn(1, 8, 3, 1, 1))
+    with torch.inference_mode():
+        kv = model.condition(image=reference_tokens(channels.picture, (1, 1)))
+        rollout = Rollout(model, policy, Geometry(8, 8, patch=(1, 1)), Condition(kv, channels), 0, CPU, torch.float32)
+        state = rollout.start()
+        for block in range(100_000):
+            state.audio[block] = audio_tokens(block % 50)
+            rollout.run_window(state)
+            assert policy.window_start(policy.first_block(block)) + 12 <= 27
+            if block == 12:
+                size = state.nbytes()
+            assert block < 12 or state.nbytes() == size
+    assert state.caches[0].committed == 100_000 - 3 and state.motion is not None and state.motion.isfinite().all()

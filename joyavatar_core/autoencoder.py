@@ -130,11 +130,13 @@ class FoldedGrow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        y = F.conv2d(x, self.weight, padding=1)  # [n, 2 2 s m, h + 1, w + 1]
-        y = y.reshape(n, 2, 2, -1, h + 1, w + 1)
-        phases = [y[:, a, b, :, a : a + h, b : b + w] for a in (0, 1) for b in (0, 1)]  # each [n, s m, h, w]
-        y = torch.stack(phases, dim=2).flatten(1, 2)  # channel order (s m) (a b), as pixel_shuffle wants it
-        return F.pixel_shuffle(y, 2).reshape(n * self.stride, self.width, 2 * h, 2 * w)
+        y = F.conv2d(x, self.weight, padding=1).permute(0, 2, 3, 1)  # [n, h + 1, w + 1, (2 2 s m)]
+        y = y.unflatten(3, (2, 2, self.stride, self.width))
+        out = y.new_empty(n, self.stride, h, 2, w, 2, self.width)
+        for a in (0, 1):
+            for b in (0, 1):
+                out[:, :, :, a, :, b] = y[:, a : a + h, b : b + w, a, b].permute(0, 3, 1, 2, 4)
+        return out.view(n * self.stride, 2 * h, 2 * w, self.width).permute(0, 3, 1, 2)  # channels last, as it came
 
 
 def _fold(grow: TemporalGrow, conv: nn.Conv2d) -> Tensor:
@@ -206,14 +208,14 @@ class LightAutoencoder(nn.Module):
         Returns the pixel frames [B, 3, T, H, W] (T = 4 F, three fewer at the start) and the state to pass next.
         """
         video, state = self.decode_unclamped(latents, state)
-        return video.clamp(-1, 1), state
+        return video.clamp_(-1, 1), state
 
     def decode_unclamped(self, latents: Tensor, state: StreamTensors | None = None) -> tuple[Tensor, StreamTensors]:
         """`decode_stream` without the limit to [-1, 1], beyond which there is no gradient: for training."""
         start = state is None
         x, state = _run(self.decoder, _fold_time(self._denormalise(latents)), latents.shape[0], state)
         video = _unfold_time(F.pixel_shuffle(x, self.config.patch), latents.shape[0]).to(latents.dtype)
-        return (video[:, :, TEMPORAL - 1 :] if start else video) * 2 - 1, state
+        return (video[:, :, TEMPORAL - 1 :] if start else video).mul(2).sub_(1), state
 
     def folded(self) -> LightAutoencoder:
         """The same autoencoder with a faster decoder, for inference only: equal up to rounding, not to be saved."""

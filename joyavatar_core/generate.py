@@ -137,7 +137,7 @@ class _Saver:
 
 def to_uint8(frames: Tensor) -> np.ndarray:
     """[1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
-    pixels = frames[0].float().add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    pixels = frames[0].float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)  # cut off: halves go up
     return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
 
 

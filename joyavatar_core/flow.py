@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .schedule import warp as warp
-
 
 def per_latent(values: Sequence[float], repeats: int, like: Tensor) -> Tensor:
     """One value per block -> one per latent frame: [F], float32 (float64 beside float64 latents)."""

@@ -152,7 +152,22 @@ def _cut(encoded: Tensor, first: int, windows: list[range], width: int) -> Audio
     return AudioTokens(tokens, valid)
 
 
-class Wav2Vec2Windows:
+class _Wav2Vec2:
+    """What both front ends of wav2vec2 share: an encoder and the token windows cut from what it gives."""
+
+    def __init__(self, geometry: Geometry, encoder: Encoder) -> None:
+        self.geometry, self.windows, self.encoder = geometry, TokenWindows(geometry), encoder
+
+    @property
+    def channels(self) -> int:
+        return self.encoder.channels
+
+    @property
+    def tokens_per_latent(self) -> int:
+        return self.windows.width
+
+
+class Wav2Vec2Windows(_Wav2Vec2):
     """Streaming wav2vec2: block b is encoded from one window of sound, fixed by b alone.
 
     The window ends `lookahead_tokens` after the block (more if a token window reaches further) and is `history` +
@@ -180,19 +195,10 @@ class Wav2Vec2Windows:
         normalise: bool = True,
         epsilon: float = 1e-7,
     ) -> None:
-        self.geometry, self.windows = geometry, TokenWindows(geometry)
-        self.encoder = Encoder(model, layers, normalise, epsilon)
+        super().__init__(geometry, Encoder(model, layers, normalise, epsilon))
         self.lookahead_tokens = lookahead_tokens
         self.history_tokens = round(history * TOKEN_RATE)
         self._check_sizes()
-
-    @property
-    def channels(self) -> int:
-        return self.encoder.channels
-
-    @property
-    def tokens_per_latent(self) -> int:
-        return self.windows.width
 
     def needs(self, latent_stop: int) -> int:
         return _samples_of(self._span(self._block(latent_stop - 1)).stop) if latent_stop > 0 else 0
@@ -238,7 +244,7 @@ class Wav2Vec2Windows:
             )
 
 
-class Wav2Vec2Whole:
+class Wav2Vec2Whole(_Wav2Vec2):
     """wav2vec2 over the whole sound at once, as the offline pipelines run it: for parity, and for short clips only.
 
     Nothing comes out before the sound is finished, and memory grows with its length. Token windows are cut at the true
@@ -258,16 +264,8 @@ class Wav2Vec2Whole:
         normalise: bool = True,
         epsilon: float = 1e-7,
     ) -> None:
-        self.geometry, self.windows, self.limit = geometry, TokenWindows(geometry), limit
-        self.encoder = Encoder(model, layers, normalise, epsilon)
-
-    @property
-    def channels(self) -> int:
-        return self.encoder.channels
-
-    @property
-    def tokens_per_latent(self) -> int:
-        return self.windows.width
+        super().__init__(geometry, Encoder(model, layers, normalise, epsilon))
+        self.limit = limit
 
     def needs(self, latent_stop: int) -> int:
         return UNTIL_FINISHED if latent_stop > 0 else 0

@@ -28,14 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
-from .common import Muon, rate_scale, record, write_whole
+from .common import Muon, rate_scale, record
 from .drawn import Avatar, Image, motion, photo_like, render, texture
 from .speech import synthesize
 
@@ -346,10 +344,6 @@ def _strings(notes: dict[str, object]) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in notes.items()}
 
 
-def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    write_whole(path, lambda part: save_file(tensors, part, metadata))
-
-
 # Training
 
 
@@ -457,9 +451,9 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
         "figures": state.figures or {},
         "data": f"drawn clips, training seeds 0..{_HELD_OUT_SEED - 1}, held out from {_HELD_OUT_SEED}",
     }
-    both = {f"model.{k}": v.detach().contiguous() for k, v in state.model.state_dict().items()}
-    both |= {f"average.{k}": v.detach().contiguous() for k, v in state.average.state_dict().items()}
-    _save(state.out / "train.safetensors", both, _strings(notes))
+    both = {f"model.{k}": v for k, v in state.model.state_dict().items()}
+    both |= {f"average.{k}": v for k, v in state.average.state_dict().items()}
+    checkpoint.write(state.out / "train.safetensors", both, _strings(notes))
     config = replace(state.average.config, latent_mean=statistics[0], latent_std=statistics[1])
     save_model(state.out / "autoencoder.safetensors", state.average, config, notes)
 
@@ -479,11 +473,9 @@ def _begin(recipe: Recipe, out: Path, first: list[Tensor]) -> _Training:
 
 def _resume(state: _Training) -> None:
     """Weights, average and time spent from train.safetensors; the optimiser's moments start anew."""
-    with safe_open(state.out / "train.safetensors", "pt") as file:
-        notes = file.metadata()
-        for prefix, model in (("model.", state.model), ("average.", state.average)):
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            model.load_state_dict({name[len(prefix) :]: file.get_tensor(name) for name in names})
+    tensors, notes = checkpoint.read(state.out / "train.safetensors")
+    for prefix, model in (("model.", state.model), ("average.", state.average)):
+        model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
     state.steps, state.spent = int(notes["steps"]), float(notes["spent"])
     log.info("resumed at step %d, %.1f minutes spent", state.steps, state.spent / 60)
 

@@ -51,7 +51,8 @@ class AutoencoderConfig:
 
 
 AUTOENCODERS: dict[str, AutoencoderConfig] = {
-    "tiny": AutoencoderConfig(  # the embedded model: 16x16x4
+    "tiny": AutoencoderConfig(  # the embedded model: 16x16x4 with 48 channels, the latent shape of Wan 2.2
+        latent_channels=48,
         patch=2,
         encoder_widths=(32, 64, 96),
         decoder_widths=(128, 96, 64, 32),

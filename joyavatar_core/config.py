@@ -48,6 +48,8 @@ class ModelConfig:
 
     text_dim, image_dim: channels of the text and image tokens; 0 leaves the branch, and its parameters, out.
     in_channels: noisy latents, and for image-to-video four mask and `out_channels` image channels.
+    prediction: what the head gives: the velocity, or the clean latents it is then worked out from (easier to learn
+        where a patch holds about as many numbers as a token is wide: Li and He 2025, "Back to basics").
     """
 
     dim: int
@@ -64,6 +66,7 @@ class ModelConfig:
     audio: AudioConfig | None = None
     face: FaceConfig | None = None
     eps: float = 1e-6
+    prediction: Literal["velocity", "x0"] = "velocity"
 
     def __post_init__(self) -> None:
         if min(self.dim, self.heads, self.layers) < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -75,6 +78,8 @@ class ModelConfig:
                 f"in_channels {self.in_channels}: must be {self.out_channels} (text to video) or "
                 f"{2 * self.out_channels + 4} (image to video)"
             )
+        if self.prediction not in ("velocity", "x0"):
+            raise ValueError(f"prediction {self.prediction!r} is not known: use velocity or x0")
 
     @property
     def head_dim(self) -> int:
@@ -92,13 +97,15 @@ _TALKING = {"audio": AudioConfig(), "face": FaceConfig()}
 MODELS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         dim=256,
-        ffn_dim=640,
+        ffn_dim=576,
         layers=5,
         heads=4,
-        patch=(4, 4),
+        in_channels=100,
+        out_channels=48,
         text_dim=0,
         text_len=0,
-        image_dim=256,
+        image_dim=192,
+        prediction="x0",
         audio=AudioConfig(kind="window", features=256, width=256, window=10, tokens=4, hidden=192),
     ),
     "wan-t2v-1.3b": replace(_WAN_1_3B, in_channels=16, image_dim=0),

@@ -30,6 +30,11 @@ def velocity(x0: Tensor, noise: Tensor) -> Tensor:
     return noise - x0
 
 
+def to_velocity(x_t: Tensor, x0: Tensor, timesteps: Tensor) -> Tensor:
+    """Velocity implied by predicted clean latents; below timestep 50 as if at 50, or rounding would be blown up."""
+    return (x_t - x0.to(x_t.dtype)) / _sigma(timesteps.clamp(min=50.0), x_t)
+
+
 def to_x0(x_t: Tensor, v: Tensor, timesteps: Tensor) -> Tensor:
     """Clean latents implied by a predicted velocity."""
     return x_t - _sigma(timesteps, x_t) * v.to(x_t.dtype)

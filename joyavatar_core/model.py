@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import flow
 from .attention import AttentionFn, sdpa
 from .cache import KV
 from .config import ModelConfig
@@ -333,7 +334,10 @@ class JoyAvatarDiT(nn.Module):
                 audio and audio.valid,
             )
             kvs.append(kv)
-        return self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype), kvs
+        out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
+        if self.config.prediction == "x0":
+            out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
+        return out, kvs
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""

@@ -125,7 +125,10 @@ class PlainRollout:
             assert isinstance(block, Block)
             tokens, k, v = self._block(block, tokens, levels, past, (places, window, grid), audio)
             kv.append((k, v, grid[0] * grid[1]))
-        return self._head(tokens, time, frames, grid).to(x.dtype), kv
+        out = self._head(tokens, time, frames, grid).to(x.dtype)
+        if model.config.prediction == "x0":
+            out = (x[:, : model.config.out_channels] - out) / (t.clamp(min=50.0) / 1000).to(x.dtype).view(1, 1, -1, 1, 1)
+        return out, kv
 
     def _block(self, block: Block, x: Tensor, levels: Tensor, past: list, where: tuple, audio: Tensor) -> tuple:
         config = self.model.config

@@ -78,9 +78,11 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float64, config: Model
     return model
 
 
-def small_rollout(policy: RolloutPolicy, seed: int = 0, dtype: torch.dtype = torch.float64) -> Rollout:
+def small_rollout(
+    policy: RolloutPolicy, seed: int = 0, dtype: torch.dtype = torch.float64, config: ModelConfig = SMALL
+) -> Rollout:
     """A rollout of the small model with a random picture."""
-    model = small_model(dtype=dtype)
+    model = small_model(dtype=dtype, config=config)
     torch.manual_seed(1)
     channels = torch.randn(1, 8, 30, *GEOMETRY.latent_size, dtype=dtype)
     tokens = reference_tokens(channels[:, 4:, 0], SMALL.patch)

@@ -73,12 +73,12 @@ def test_keys_cached_after_rope_fail_the_law(monkeypatch: pytest.MonkeyPatch) ->
     assert (outs[0] - outs[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kv_level", ["last_step", "clean"])
-def test_cached_rollout_is_brute_force(kv_level: str) -> None:
+@pytest.mark.parametrize("kv_level, prediction", [("last_step", "velocity"), ("clean", "velocity"), ("clean", "x0")])
+def test_cached_rollout_is_brute_force(kv_level: str, prediction: str) -> None:
     """The engine against the plain way: own loop, lists of keys, complex rotation at absolute places."""
     blocks = 9
     policy = replace(FLASH, kv_level=kv_level)
-    engine = small_rollout(policy, seed=5)
+    engine = small_rollout(policy, seed=5, config=replace(SMALL, prediction=prediction))
 
     def noise(block: int, forward: int, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
         return gaussian(5, block, forward, shape, purpose).double()

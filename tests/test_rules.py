@@ -17,12 +17,12 @@ LONGEST_FUNCTION = 80
 
 # Layers of the engine from the bottom up: a file may import only from earlier rows (training and cli: from all).
 LAYERS = [
-    {"geometry", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint"},
+    {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint"},
     {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors"},
     {"model", "wav2vec"},
     {"rollout", "plain"},
     {"stream"},
-    {"avatar", "generate", "media"},
+    {"avatar", "generate", "measures", "media"},
     {"cli", "training"},
 ]
 IO_LIBRARIES = {"av", "cv2", "PIL", "tqdm"}

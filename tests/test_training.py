@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -10,26 +11,49 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from joyavatar_core import flow
-from joyavatar_core.avatar import load_model
+from joyavatar_core.audio import LogMel
+from joyavatar_core.avatar import load_light_autoencoder, load_model
 from joyavatar_core.cache import KVCache
-from joyavatar_core.config import MODELS, AudioConfig, ModelConfig
+from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.model import JoyAvatarDiT, Past
 from joyavatar_core.policy import POLICIES, policy
 from joyavatar_core.schedule import warp
-from joyavatar_core.training import clips, common, encoded, flow_matching, preview, sequences
-from joyavatar_core.training.encoded import EncodedClips
+from joyavatar_core.training import clips, common, encoded, flow_matching, listening, preview, sequences
+from joyavatar_core.training.encoded import LatentStore
 from joyavatar_core.training.sequences import Layout, Mixture
+
+from .small_training import (
+    PRESET,
+    SMALL,
+    add_small_preset,
+    drawn_clips,
+    random_clips,
+    small_autoencoder,
+    small_recipe,
+    small_training,
+)
 
 FLASH = policy("joyavatar-flash")
 STEADY = Layout(FLASH, 5, (250.0, 500.0, 750.0, 1000.0))
-SMALL = ModelConfig(
-    dim=24, ffn_dim=32, layers=2, heads=2, in_channels=36, patch=(2, 2), text_dim=0, text_len=0, image_dim=64,
-    audio=AudioConfig(kind="window", features=8, width=16, window=10, tokens=2, hidden=12),
-)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_small_preset(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return drawn_clips(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_autoencoder(tmp_path_factory.mktemp("autoencoder") / "autoencoder.safetensors")
 
 
 def small_model() -> JoyAvatarDiT:
@@ -111,10 +135,12 @@ def test_clips_that_are_too_short_are_refused():
 def test_a_clip_survives_the_disk(tmp_path: Path):
     path = clips.write_clip(tmp_path, 3, frames=5, size=(64, 64))
     clip = clips.read_clip(path)
-    assert clip.video.shape == (5, 64, 64, 3) and clip.audio.shape == (5000,) and clip.open.shape == (5,)
-    drawn = [clips.drawn.sample_clip(3, 5, (64, 64), photo=photo).video for photo in (False, True)]
-    candidates = [torch.from_numpy(v.copy()).float() for d in drawn for v in (d, d[:, :, ::-1])]
+    assert clip.video.shape == (5, 64, 64, 3) and clip.audio.shape == (5000,)
+    assert clip.boxes.shape == (5, 3, 4) and clip.pose.shape == (5, len(clips.POSE_COLUMNS))
+    drawn = [clips.drawn.sample_clip(3, 5, (64, 64), photo=photo) for photo in (False, True)]
+    candidates = [torch.from_numpy(v.copy()).float() for d in drawn for v in (d.video, d.video[:, :, ::-1])]
     assert min(float((clip.video.float() - v).abs().mean()) for v in candidates) < 6
+    assert torch.allclose(clip.open, torch.tensor([p.open for p in drawn[0].poses]))
     assert clips.list_clips(tmp_path) == [path]
     path.write_bytes(b"no clip")
     with pytest.raises(OSError, match="not a stored clip"):
@@ -123,9 +149,9 @@ def test_a_clip_survives_the_disk(tmp_path: Path):
 
 def test_mirroring_takes_the_boxes_along():
     clip = clips.drawn.sample_clip(1, 2, (64, 64))
-    twice = clips._mirrored(clips._mirrored(clip))
-    assert (twice.video == clip.video).all() and abs(twice.mouth - clip.mouth).max() < 1e-4
-    assert (clips._mirrored(clip).mouth[:, 2] > clips._mirrored(clip).mouth[:, 0]).all()
+    once, twice = clips.mirrored(clip), clips.mirrored(clips.mirrored(clip))
+    assert (twice.video == clip.video).all() and abs(twice.boxes - clip.boxes).max() < 1e-4
+    assert twice.poses == clip.poses and (once.boxes[..., 2] > once.boxes[..., 0]).all()
 
 
 def test_cell_shares_add_up_to_the_box():
@@ -135,6 +161,51 @@ def test_cell_shares_add_up_to_the_box():
     assert shares.shape == (2, 4, 4)
     assert torch.allclose(shares.sum((1, 2)), torch.full((2,), 32 * 40 / 256))
     assert shares[0, 0, 3] == 0 and shares[0, 1, 1] == 1
+
+
+def test_an_encoded_clip_is_the_clip(drawn: Path, weights: Path):
+    clip, decoder = clips.read_clip(clips.clip_path(drawn, 2)), load_light_autoencoder(weights)
+    geometry = Geometry(128, 64, clip.fps, spatial=16, patch=(4, 4))
+    tensors = encoded.encode_clip(clip, decoder, LogMel(geometry), geometry)
+    rows = encoded.EncodedClips(**{name: tensor[None] for name, tensor in tensors.items()})
+    assert rows.seed == 2 and rows.latents.shape == (1, 27, 16, 4, 8) and rows.audio.shape == (1, 27, 10, 256)
+    for i, name in enumerate(encoded.TRUTH):
+        told = rows.truth[0, ..., i].float()
+        assert torch.allclose(told[0], clip.truth(name)[0].expand(4), atol=1e-3), name
+        assert torch.allclose(told[1:].flatten(), clip.truth(name)[1:], atol=1e-3), name
+    columns = torch.arange(8) + 0.5
+    middle = (rows.mouth[0, 0].float().sum(0) * columns).sum() / rows.mouth[0, 0].float().sum()
+    assert float(middle) * 16 == pytest.approx(float(clip.boxes[0, 0, [0, 2]].mean()), abs=3)
+    with pytest.raises(ValueError, match="clip 2 has 104 frames"):
+        short = replace(clip, video=clip.video[:104])
+        encoded.encode_clip(short, decoder, LogMel(geometry), geometry)
+
+
+def test_latents_of_one_size_lie_together(drawn: Path, weights: Path, tmp_path: Path):
+    store = LatentStore(clips.list_clips(drawn), drawn, weights, PRESET.patch)
+    store.encode(2)
+    first = store.ready()
+    assert [p.name for p in first] == ["clip_000000000.safetensors", "clip_000000001.safetensors"]
+    age = first[0].stat().st_mtime_ns
+    store.encode()
+    assert first[0].stat().st_mtime_ns == age
+    square, wide = store.load()
+    assert square.seed.tolist() == [0, 1, 3] and wide.seed.tolist() == [2]
+    assert square.latents.shape == (3, 27, 16, 4, 4) and wide.latents.shape == (1, 27, 16, 4, 8)
+    part = square.select(slice(1, 3))
+    assert len(part) == 2 and torch.equal(part.latents[0], square.latents[1])
+    other = small_autoencoder(tmp_path / "other.safetensors", seed=1)
+    assert not replace(store, weights=other).ready()
+
+
+def test_image_channels_mark_the_picture_and_repeat_the_grey():
+    data = random_clips(2)
+    channels = data.image_channels(torch.tensor([1, 0]), torch.tensor([[0, 3, 20], [7, 8, 0]]), 4)
+    assert channels.shape == (2, 20, 3, 4, 4)
+    assert channels[:, :4, :, 0, 0].sum(1).tolist() == [[4, 0, 0], [0, 0, 4]]
+    assert torch.equal(channels[0, 4:, 2], data.image[1, 7].float()) and torch.equal(
+        channels[1, 4:, 2], data.image[0, 0].float()
+    )
 
 
 # Weights
@@ -172,52 +243,113 @@ def test_muon_descends():
     assert (p - target).norm() < 0.2 * target.norm()
 
 
+# Hearing
+
+
+def test_the_warm_up_teaches_the_projector_to_hear():
+    data = (random_clips(6), random_clips(3, (4, 8)))
+    audio = PRESET.audio
+    assert audio is not None
+    torch.manual_seed(0)
+    projector, listener = JoyAvatarDiT(PRESET).proj_model, listening.Listener(audio, 4)
+    deaf = listening.heard(projector, listener, data[0])
+    listening.warm_up(projector, listener, data, 300, seed=0)
+    assert all(p.grad is None for p in [*projector.parameters(), *listener.parameters()])
+    heard = listening.heard(projector, listener, data[0])
+    assert set(heard) == {"heard_open", "heard_wide", "heard_teeth", "heard_brow"}
+    assert max(deaf.values()) < 0.1 and min(heard.values()) > 0.25
+    silent = replace(data[0], audio=data[0].audio.roll(1, 0))
+    assert max(listening.heard(projector, listener, silent).values()) < 0
+
+
+def test_hearing_is_measured_as_r_squared():
+    audio = PRESET.audio
+    assert audio is not None
+    data = random_clips(2)
+    listener = listening.Listener(audio, 4)
+    nn.init.zeros_(listener.head.weight)
+    with torch.no_grad():
+        listener.head.bias.copy_(data.truth.float().flatten(0, 2).mean(0).repeat(4))
+    scores = listening.heard(JoyAvatarDiT(PRESET).proj_model, listener, data)
+    assert list(scores.values()) == pytest.approx([0] * 4, abs=1e-3)
+
+
 # Training
 
 
-def random_clips(count: int) -> EncodedClips:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).half()
-
-    share = torch.zeros(count, 30, 4, 4).half()
-    share[:, :, 2, 1:3] = 1
-    steady = normal(count, 1, 16, 4, 4).expand(-1, 30, -1, -1, -1).contiguous()
-    image, audio = normal(count, 8, 16, 4, 4), normal(count, 30, 10, 256)
-    return EncodedClips(steady, image, audio, share, share, torch.zeros(count, 117))
-
-
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    audio = AudioConfig(kind="window", features=256, width=16, window=10, tokens=2, hidden=12)
-    small = replace(SMALL, dim=32, patch=(4, 4), image_dim=256, audio=audio)
-    monkeypatch.setitem(MODELS, "small", small)
-
-
-def small_training(tmp_path: Path) -> flow_matching.Training:
-    recipe = flow_matching.Recipe(model="small", tokens=200, held_out=2, warmup_steps=1, average=0.5)
-    return flow_matching.begin(recipe, tmp_path, random_clips(6))
+def test_x0_prediction_derives_the_velocity():
+    torch.manual_seed(0)
+    model = JoyAvatarDiT(PRESET)
+    flow_matching.initialise(model, 0)
+    nn.init.normal_(model.head.head.weight, std=0.3)
+    batch = flow_matching.make_batch(random_clips(2), STEADY, torch.arange(2), (4, 4), Mixture(clean_motion=1), 0)
+    velocity = flow_matching.predict(model, batch)
+    model.config = replace(PRESET, prediction="velocity")
+    x0 = flow_matching.predict(model, batch)
+    x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
+    noisy = batch.timesteps > 50
+    assert torch.allclose(flow.to_x0(x_t, velocity, batch.timesteps)[:, :, noisy[0]], x0[:, :, noisy[0]], atol=1e-5)
+    assert noisy.sum() == 2 * (STEADY.latents - 1) and velocity.isfinite().all()
+    flow_matching.flow_loss(batch, velocity, small_recipe()).backward()
+    assert model.head.head.weight.grad is not None and model.head.head.weight.grad.norm() > 0
 
 
 def test_training_learns_and_resumes_where_it_stopped(tmp_path: Path):
-    state = small_training(tmp_path)
-    state.held_out = state.data  # four clips teach nothing about a fifth
+    wide = random_clips(3, (4, 8))
+    state = small_training(tmp_path, wide)
+    state.held_out = state.data[0]  # four clips teach nothing about a fifth
     before = flow_matching.evaluate(state)
-    for _ in range(30):
+    for _ in range(40):
         flow_matching.train_step(state)
     flow_matching.save(state)
     for _ in range(4):
         flow_matching.train_step(state)
     after = flow_matching.evaluate(state)
     assert after["all_250"] < before["all_250"] and after["start"] < before["start"]
-    again = small_training(tmp_path)
+    again = small_training(tmp_path, wide)
     flow_matching.resume(again)
     for _ in range(4):
         flow_matching.train_step(again)
-    assert again.steps == 34
+    assert again.steps == 44
     for name, p in state.weights.master.items():
         assert torch.equal(p, again.weights.master[name]), name
+    for name, p in state.listener.state_dict().items():
+        assert torch.equal(p, again.listener.state_dict()[name]), name
+
+
+def test_batches_take_every_size_as_often_as_it_is_there(tmp_path: Path):
+    state = small_training(tmp_path, random_clips(12, (4, 8)))
+    widths = []
+    for state.steps in range(200):
+        batch = state.batch()
+        widths.append(batch.x0.shape[-1])
+        tokens = batch.x0.shape[0] * batch.image.shape[1] * batch.layout.latents
+        assert tokens <= 1.5 * state.recipe.tokens
+    assert 0.6 < widths.count(8) / 200 < 0.9
+
+
+def test_channels_that_show_more_count_more():
+    data = random_clips(2)
+    batch = flow_matching.make_batch(data, STEADY, torch.arange(2), (4, 4), Mixture(), 0)
+    wrong = flow.velocity(batch.x0, batch.noise)
+    wrong[:, 5] += 1
+    channels = torch.ones(16)
+    channels[5] = 3
+    recipe = flow_matching.Recipe()
+    plain, weighted = (flow_matching.flow_loss(batch, wrong, recipe, c) for c in (None, channels))
+    assert float(weighted) == pytest.approx(3 * float(plain))
+
+
+def test_channel_importance_knows_a_channel_that_does_not_show(weights: Path):
+    decoder = load_light_autoencoder(weights)
+    first = next(layer for layer in decoder.decoder if isinstance(layer, nn.Conv2d))
+    with torch.no_grad():
+        first.weight[:, 3] = 0
+        first.weight[:, 7] *= 3
+    latents = torch.randn(2, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    importance = flow_matching.channel_importance(decoder, latents)
+    assert importance.shape == (16,) and importance.argmin() == 3 and importance.argmax() == 7
+    assert importance.min() == 0.25 and importance.max() <= 4
 
 
 def test_saved_transformer_loads(tmp_path: Path):
@@ -246,18 +378,44 @@ def test_motion_frame_has_no_loss_and_the_mouth_counts_more():
     assert loss_with_error_at(4, 2) > 3 * loss_with_error_at(4, 0)
 
 
-def test_recipe_refuses_nonsense():
+def test_the_most_frequent_size_is_held_out_and_too_few_clips_are_refused():
+    data = (random_clips(6), random_clips(3, (4, 8)))
+    train, held_out = flow_matching.hold_out(data, 2)
+    assert held_out.seed.tolist() == [0, 1] and train[0].seed.tolist() == [2, 3, 4, 5] and train[1] is data[1]
+    with pytest.raises(ValueError, match="6 clips of one size: more than the 6 held out"):
+        flow_matching.hold_out(data, 6)
+    with pytest.raises(ValueError, match="0 clips"):
+        flow_matching.hold_out((), 1)
+
+
+def test_recipe_refuses_nonsense(tmp_path: Path):
     with pytest.raises(ValueError, match="optimiser"):
         flow_matching.Recipe(optimiser="sgd")
-    with pytest.raises(ValueError, match="more than the 6"):
-        flow_matching.begin(replace(flow_matching.Recipe(), held_out=6), Path("."), random_clips(6))
+    with pytest.raises(ValueError, match="minutes -1"):
+        flow_matching.Recipe(minutes=-1)
+    with pytest.raises(ValueError, match="nothing to resume"):
+        flow_matching.resume(small_training(tmp_path))
+
+
+def test_the_whole_training_runs_and_goes_on(drawn: Path, weights: Path, tmp_path: Path):
+    """Draws, encodes, trains for a second on two sizes, saves, shows, and goes on for half a second more."""
+    recipe = replace(small_recipe(), minutes=1 / 60, held_out=1)
+    flow_matching.train(recipe, tmp_path, drawn, weights)
+    lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    measured, shown = lines[-2:]
+    assert {"all_1000", "mouth_250", "deaf_1000", "start", "heard_open"} <= set(measured)
+    assert set(shown) == {"step", "minutes", "sync", "ruler", "drift"} and (tmp_path / "preview.png").exists()
+    assert load_model(tmp_path / "transformer.safetensors").config == MODELS["small"]
+    flow_matching.train(replace(recipe, minutes=1.5 / 60), tmp_path, drawn, weights, again=True)
+    again = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])
+    assert again["step"] > shown["step"]
 
 
 def test_ruler_reads_the_mouth():
     clip = clips.drawn.sample_clip(5, 60, (128, 128))
     video = encoded.as_video(torch.from_numpy(clip.video))[0]
     opening = torch.tensor([p.open for p in clip.poses])
-    patches = preview.mouth_patches(video, torch.from_numpy(clip.mouth[0]))
+    patches = preview.mouth_patches(video, torch.from_numpy(clip.boxes[0, 0]))
     ruler = preview.fit_ruler(patches[::2], opening[::2])
     assert preview.correlation(preview.read_ruler(ruler, patches[1::2]), opening[1::2]) > 0.8
     assert preview.correlation(opening, torch.ones(60)) == 0

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..avatar import ASSETS, Avatar, Encoded, load_embedded
+from .. import samples
+from ..avatar import Avatar, Encoded, load_embedded
 from ..generate import Progress, Resume, from_uint8, generate
 from ..geometry import Geometry
 from ..media.picture import fit_picture, read_picture
@@ -92,10 +93,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """`joyavatar demo`: generate with the built-in picture and voice."""
+    """`joyavatar demo`: generate with a picture and a voice of the package."""
+    if args.list:
+        print(f"pictures: {', '.join(samples.pictures())}\nvoices: {', '.join(samples.voices())}")
+        return 0
     out = Path(args.out)
-    words = ["generate", "--image", args.image or str(ASSETS / "demo.png"), "--audio"]
-    words += [args.audio or str(ASSETS / "demo.ogg"), "--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
+    words = ["generate", "--image", str(samples.picture(args.image)), "--audio", str(samples.voice(args.audio))]
+    words += ["--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
+    words += ["--size", args.size] if args.size else []
     from .main import build_parser
 
     status = run(build_parser().parse_args(words))

@@ -1,4 +1,4 @@
-"""`joyavatar`: demo, generate, schedule, doctor, bench. One error, one line, exit status 2."""
+"""`joyavatar`: demo, generate, schedule, doctor, bench, evaluate. One error, one line, exit status 2."""
 
 from __future__ import annotations
 
@@ -43,14 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_schedule(commands)
     _add_doctor(commands)
     _add_bench(commands)
+    _add_evaluate(commands)
     return parser
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="make a talking avatar with what is in the package")
     demo.add_argument("--out", default="joyavatar-demo", metavar="DIR", help="folder of the result (%(default)s)")
-    demo.add_argument("--image", metavar="FILE", help="your own picture instead of the built-in one")
-    demo.add_argument("--audio", metavar="FILE", help="your own voice instead of the built-in one")
+    demo.add_argument("--image", default="demo", metavar="NAME|FILE", help="a picture of the package, or your own")
+    demo.add_argument("--audio", default="demo", metavar="NAME|FILE", help="a voice of the package, or your own")
+    demo.add_argument("--size", metavar="WxH", help="video size in pixels")
+    demo.add_argument("--list", action="store_true", help="name the pictures and voices of the package")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -121,6 +124,24 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(run=_bench)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("evaluate", help="measure the embedded model on held-out drawn people (needs espeak-ng)")
+    p.add_argument("--suite", choices=("drawn",), default="drawn")
+    p.add_argument("--clips", type=int, metavar="N", help="clips, in turn in three sizes (24)")
+    p.add_argument("--seconds", type=float, metavar="S", help="length of a clip (12)")
+    p.add_argument("--long-seconds", type=float, metavar="S", help="length of the long run (120); 0: none")
+    p.add_argument("--quick", action="store_true", help="a few short clips: wide intervals, in a minute or two")
+    p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
+    p.add_argument("--out", metavar="DIR", help="folder for report.json, a contact sheet and plots of the curves")
+    p.add_argument("--model", metavar="FILE", help="transformer of the embedded kind (built-in)")
+    p.add_argument("--autoencoder", metavar="FILE", help="its light autoencoder (built-in)")
+    p.add_argument("--reader", metavar="FILE", help="weights of the mouth reader (built-in)")
+    p.add_argument("--threads", type=int, help="CPU threads")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    _add_policy(p)
+    p.set_defaults(run=_evaluate)
+
+
 # The commands are imported when they run: `joyavatar --help` and `schedule` need no torch.
 
 
@@ -150,6 +171,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench import run
+
+    return run(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .evaluate import run
 
     return run(args)
 

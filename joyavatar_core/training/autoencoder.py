@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Full
@@ -33,18 +34,18 @@ from torch import Tensor, nn
 from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
+from .babble import babble
 from .common import Muon, rate_scale, record
 from .drawn import Avatar, Image, motion, photo_like, render, texture
-from .speech import synthesize
 
 log = logging.getLogger(__name__)
 
 _KINDS = ("drawn", "photo", "texture")
-_KIND_ODDS = (0.65, 0.15, 0.20)
+_KIND_ODDS = (0.77, 0.15, 0.08)
 _HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
 _HELD_OUT_SEED = 900_000_000  # training seeds stay below
 _CLIP_FRAMES = 12  # drawn at once, so that one drawing gives several time slices
-_FACE_FPS = 16
+_FACE_FPS = Fraction(16)
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of every latent channel
 
@@ -54,7 +55,8 @@ class Recipe:
     """All that decides a training, beside the machine.
 
     size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
-    noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance.
+    noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance;
+    regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere.
     """
 
     model: str = "tiny"
@@ -64,14 +66,15 @@ class Recipe:
     crop: int = 128
     batches: tuple[tuple[int, int], ...] = ((9, 6), (5, 9))
     learning_rate: float = 1.2e-3
-    warmup_steps: int = 100
+    warmup_steps: int = 40
     weight_decay: float = 1e-3
     clip_norm: float = 1.0
     ema: float = 0.998
     noise: tuple[float, float] = (0.0, 0.1)
-    mouth_weight: float = 3.0
-    eyes_weight: float = 2.0
+    regions: tuple[float, float, float] = (8.0, 3.0, 2.0)
+    square_weight: float = 6.0
     edge_weight: float = 1.0
+    motion_weight: float = 1.0
     coarse_weight: float = 0.5
     latent_penalty: float = 0.01
     pool: int = 96
@@ -89,7 +92,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Sample:
-    """video [T, H, W, 3] uint8; boxes [T, 2, 4] float32: mouth and eyes, pixels x0 y0 x1 y1, empty for textures."""
+    """video [T, H, W, 3] uint8; boxes [T, 3, 4] float32: mouth, eyes and face, x0 y0 x1 y1, empty for textures."""
 
     video: Image
     boxes: NDArray[np.float32]
@@ -102,13 +105,13 @@ def make_sample(seed: int, kind: str, size: int, frames: int = _CLIP_FRAMES) -> 
 
 def _face(seed: int, photo: bool, size: int, frames: int) -> Sample:
     rng = np.random.default_rng(seed)
-    total = 4 * _FACE_FPS
-    speech = synthesize(seed, total / _FACE_FPS, _FACE_FPS)
+    total = 64
+    speech = babble(seed, float(total / _FACE_FPS), _FACE_FPS)  # mouths are all that counts here
     start = int(rng.integers(total - frames))
     avatar = Avatar.random(seed)
     avatar = replace(avatar, outline=0.0, shade=max(avatar.shade, 0.2)) if photo else avatar
-    video, mouth, eyes = render(avatar, motion(seed, speech, total)[start : start + frames], (size, size))
-    return Sample(photo_like(seed, video) if photo else video, np.stack([mouth, eyes], 1))
+    video, found = render(avatar, motion(seed, speech, total)[start : start + frames], (size, size))
+    return Sample(photo_like(seed, video) if photo else video, found)
 
 
 def _moving_texture(seed: int, size: int, frames: int) -> Sample:
@@ -125,7 +128,7 @@ def _moving_texture(seed: int, size: int, frames: int) -> Sample:
         middle = np.array([[cos, -sin], [sin, cos]]) @ np.full(2, -picture.shape[0] / 2) + size / 2 + pan * t
         matrix = np.array([[cos, -sin, middle[0]], [sin, cos, middle[1]]])
         video.append(cv2.warpAffine(picture, matrix, (size, size), borderMode=cv2.BORDER_REFLECT))
-    return Sample(np.stack(video).astype(np.uint8), np.zeros((frames, 2, 4), np.float32))
+    return Sample(np.stack(video).astype(np.uint8), np.zeros((frames, 3, 4), np.float32))
 
 
 def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sample:
@@ -147,7 +150,7 @@ def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sam
 
 
 def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, NDArray[np.float32]]]:
-    """Endless batches: video [B, T, crop, crop, 3] uint8 and boxes [B, T, 2, 4].
+    """Endless batches: video [B, T, crop, crop, 3] uint8 and boxes [B, T, 3, 4].
 
     Every batch renews two clips of the pool, so drawing costs the same however large the batch is.
     """
@@ -188,6 +191,7 @@ def _work(recipe: Recipe, seed: int, queue: Queue) -> None:
                 break
             except Full:  # the trainer may have been killed, which leaves a daemon behind
                 if parent is None or not parent.is_alive():
+                    queue.cancel_join_thread()  # or the exit waits for a reader
                     return
 
 
@@ -213,15 +217,16 @@ def as_video(frames: Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float().div_(127.5).sub_(1)
 
 
-def region_weights(boxes: Tensor, height: int, width: int, mouth: float, eyes: float) -> Tensor:
-    """[B, T, 2, 4] boxes of mouth and eyes -> [B, 1, T, H, W] weights: 1, `eyes` or `mouth`, over their mean."""
+def region_weights(boxes: Tensor, height: int, width: int, weights: tuple[float, ...]) -> Tensor:
+    """boxes [B, T, R, 4] -> [B, 1, T, H, W]: weights[r] in box r (an earlier box wins), 1 elsewhere, over the mean."""
     x = torch.arange(width) + 0.5
     y = torch.arange(height) + 0.5
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)  # each [B, T, 2, 1]
-    inside = ((y > y0) & (y < y1)).unsqueeze(-1) & ((x > x0) & (x < x1)).unsqueeze(-2)  # [B, T, 2, H, W]
-    weights = torch.ones(inside.shape[:2] + inside.shape[3:])
-    weights = weights.masked_fill(inside[:, :, 1], eyes).masked_fill(inside[:, :, 0], mouth)
-    return (weights / weights.mean()).unsqueeze(1)
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)  # each [B, T, R, 1]
+    inside = ((y > y0) & (y < y1)).unsqueeze(-1) & ((x > x0) & (x < x1)).unsqueeze(-2)  # [B, T, R, H, W]
+    out = torch.ones(inside.shape[:2] + inside.shape[3:])
+    for region in reversed(range(len(weights))):
+        out = out.masked_fill(inside[:, :, region], weights[region])
+    return (out / out.mean()).unsqueeze(1)
 
 
 def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -235,12 +240,13 @@ def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> t
 
 
 def picture_loss(recipe: Recipe, made: Tensor, video: Tensor, weights: Tensor) -> Tensor:
-    """Weighted L1 of the pixels, of their differences along x, y (edges) and t, and of the 4x4 means."""
+    """Weighted L1 and square of the pixels, L1 of their differences along x, y (edges) and t (motion), of 4x4 means."""
     error = made - video
-    loss = (weights * error.abs()).mean()
+    loss = (weights * error.abs()).mean() + recipe.square_weight * (weights * error.square()).mean()
     for axis in (3, 4):
         length = error.shape[axis] - 1
         loss = loss + recipe.edge_weight * (weights.narrow(axis, 1, length) * error.diff(dim=axis).abs()).mean() / 2
+    loss = loss + recipe.motion_weight * (weights[:, :, 1:] * error.diff(dim=2).abs()).mean()
     coarse = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 4)
     return loss + recipe.coarse_weight * coarse.abs().mean()
 
@@ -404,8 +410,8 @@ def _update_average(state: _Training) -> None:
 
 @torch.no_grad()
 def evaluate(model: LightAutoencoder, samples: list[Sample]) -> tuple[dict[str, float], list[Image], Statistics]:
-    """PSNR in dB over the held-out clips (drawn, photo, texture, mouth of the drawn), reconstructions, statistics."""
-    scores: dict[str, list[float]] = {name: [] for name in (*_KINDS, "mouth")}
+    """PSNR in dB over the held-out clips (by kind; mouth and face of the drawn), reconstructions, statistics."""
+    scores: dict[str, list[float]] = {name: [] for name in (*_KINDS, "mouth", "face")}
     pictures, latents = [], []
     for kind, sample in zip(_HELD_OUT_KINDS, samples, strict=True):
         latents.append(_encode(model, sample))
@@ -415,7 +421,8 @@ def evaluate(model: LightAutoencoder, samples: list[Sample]) -> tuple[dict[str, 
         pictures.append(frames)
         scores[kind].append(_psnr(frames, sample.video))
         if kind == "drawn":
-            scores["mouth"].append(_mouth_psnr(frames, sample))
+            scores["mouth"].append(_box_psnr(frames, sample, 0))
+            scores["face"].append(_box_psnr(frames, sample, 2))
     figures = {f"psnr_{name}": round(float(np.mean(values)), 2) for name, values in scores.items()}
     return figures, pictures, latent_statistics(latents)
 
@@ -425,9 +432,10 @@ def _psnr(made: Image, truth: Image) -> float:
     return float(10 * np.log10(255**2 / max(error, 1e-9)))
 
 
-def _mouth_psnr(made: Image, sample: Sample) -> float:
+def _box_psnr(made: Image, sample: Sample, region: int) -> float:
+    """Mean over the frames of the PSNR inside a box, in dB."""
     size = sample.video.shape[1]
-    corners = np.clip(sample.boxes[:, 0], 0, size).astype(int)
+    corners = np.clip(sample.boxes[:, region], 0, size).astype(int)
     pieces = [(made[t, y0:y1, x0:x1], sample.video[t, y0:y1, x0:x1]) for t, (x0, y0, x1, y1) in enumerate(corners)]
     return float(np.mean([_psnr(a, b) for a, b in pieces if a.size]))
 
@@ -551,7 +559,7 @@ def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[
     begun = time.monotonic()
     video = as_video(frames)
     size = state.recipe.crop
-    weights = region_weights(torch.from_numpy(boxes), size, size, state.recipe.mouth_weight, state.recipe.eyes_weight)
+    weights = region_weights(torch.from_numpy(boxes), size, size, state.recipe.regions)
     figures = _step(state, video, weights, float(rng.uniform(*state.recipe.noise)))
     return {**figures, "frames": float(frames.shape[0] * frames.shape[1]), "seconds": time.monotonic() - begun}
 

@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EncodedClips:
-    """N clips of equal length, in half precision.
+    """N clips of one size and length, in half precision.
 
-    latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...]; audio [N, F, W, channels];
-    mouth, eyes [N, F, h, w]: share of each cell inside the box. open [N, T]: true opening of the mouth.
+    seed [N] int64; latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...];
+    audio [N, F, W, channels]; mouth, eyes [N, F, h, w]: share of each cell inside the box.
     """
 
+    seed: Tensor
     latents: Tensor
     image: Tensor
     audio: Tensor
     mouth: Tensor
     eyes: Tensor
-    open: Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -59,12 +59,15 @@ class EncodedClips:
 
 @dataclass(frozen=True)
 class LatentStore:
-    """The clips of a folder and, beside them, their latents for one autoencoder file."""
+    """The clips of a folder and, beside them, their latents for one autoencoder file.
+
+    patch: of the transformer, which the sizes of the clips must fit.
+    """
 
     paths: Sequence[Path]
     folder: Path
     weights: Path
-    geometry: Geometry
+    patch: tuple[int, int]
 
     @property
     def home(self) -> Path:
@@ -76,19 +79,24 @@ class LatentStore:
         home = self.home
         return [home / p.name for p in self.paths if (home / p.name).exists()]
 
-    def load(self) -> EncodedClips:
-        """All of `ready`."""
-        parts = [checkpoint.read(path)[0] for path in self.ready()]
-        return EncodedClips(**{name: torch.stack([p[name] for p in parts]) for name in parts[0]})
+    def load(self) -> tuple[EncodedClips, ...]:
+        """All of `ready`, clips of one size together, the most frequent size first."""
+        groups: dict[torch.Size, list[checkpoint.Tensors]] = {}
+        for path in self.ready():
+            tensors = checkpoint.read(path)[0]
+            groups.setdefault(tensors["latents"].shape, []).append(tensors)
+        return tuple(_stacked(parts) for parts in sorted(groups.values(), key=len, reverse=True))
 
     def encode(self, count: int | None = None) -> None:
         """Encode the first `count` clips, or all, that are not encoded yet."""
-        autoencoder, front_end, home = load_light_autoencoder(self.weights), LogMel(self.geometry), self.home
+        autoencoder, home = load_light_autoencoder(self.weights), self.home
         home.mkdir(parents=True, exist_ok=True)
         for i, path in enumerate(self.paths[:count]):
             if not (home / path.name).exists():
                 clip = read_clip(path)
-                tensors = encode_clip(clip, autoencoder, front_end, self.geometry)
+                height, width = clip.video.shape[1:3]
+                geometry = Geometry(width, height, clip.fps, spatial=autoencoder.spatial, patch=self.patch)
+                tensors = encode_clip(clip, autoencoder, LogMel(geometry), geometry)
                 checkpoint.write(home / path.name, tensors, {"seed": str(clip.seed)})
             if i % 100 == 99:
                 log.info("%d of %d clips encoded", i + 1, len(self.paths))
@@ -122,13 +130,17 @@ def encode_clip(
     latents = encode_video(autoencoder, as_video(clip.video))
     image = picture_channels(autoencoder, as_video(clip.video[:1])[:, :, 0])
     return {
+        "seed": torch.tensor(clip.seed),
         "latents": latents[0].transpose(0, 1).half().contiguous(),
         "image": image.channels[0, geometry.temporal :].transpose(0, 1).half().contiguous(),
         "audio": front_end.features(as_track(clip), range(count)).tokens.half(),
-        "mouth": cell_shares(clip.mouth, geometry).half(),
-        "eyes": cell_shares(clip.eyes, geometry).half(),
-        "open": clip.open,
+        "mouth": cell_shares(clip.boxes[:, 0], geometry).half(),
+        "eyes": cell_shares(clip.boxes[:, 1], geometry).half(),
     }
+
+
+def _stacked(parts: list[checkpoint.Tensors]) -> EncodedClips:
+    return EncodedClips(**{name: torch.stack([p[name] for p in parts]) for name in parts[0]})
 
 
 def encode_video(autoencoder: LightAutoencoder, video: Tensor) -> Tensor:

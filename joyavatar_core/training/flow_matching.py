@@ -1,7 +1,9 @@
 """Trains the embedded transformer's first weights by flow matching on drawn clips, within a budget of wall-clock time.
 
     python -m joyavatar_core.training.clips --out CLIPS
-    python -m joyavatar_core.training.flow_matching --autoencoder FILE --clips CLIPS --out DIR --minutes 70 [--resume]
+    python -m joyavatar_core.training.listening --out LISTENING
+    python -m joyavatar_core.training.flow_matching --autoencoder FILE --projector FILE --clips CLIPS \
+        --out DIR --minutes 90 [--resume]
 
 Teacher forcing under the policy's own schedule: every sequence is one forward that inference could make, with the
 true past behind a mask (`sequences`). In DIR: transformer.safetensors (averaged weights, bfloat16, ready to use),
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint, flow
+from ..autoencoder import LightAutoencoder
 from ..avatar import load_light_autoencoder
 from ..conditioning import reference_tokens
 from ..config import MODELS, ModelConfig
@@ -36,10 +39,11 @@ from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..policy import policy as policy_named
 from . import preview
-from .clips import list_clips
+from .clips import clip_path, list_clips
 from .common import Muon, Weights, rate_scale, record, write_whole
 from .encoded import EncodedClips, LatentStore
-from .sequences import Layout, Mixture, sample_latents, sample_layout, sample_levels
+from .listening import load_projector
+from .sequences import Layout, Mixture, attend, sample_latents, sample_layout, sample_levels
 
 log = logging.getLogger(__name__)
 
@@ -59,19 +63,18 @@ class Recipe:
     policy: str = "joyavatar-flash"
     seed: int = 0
     minutes: float = 70.0
-    size: int = 256
-    tokens: int = 5376
+    tokens: int = 3072
     optimiser: str = "muon"
     learning_rate: float = 2e-3
     warmup_steps: int = 60
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     average: float = 0.998
-    mouth: float = 4.0
+    mouth: float = 6.0
     eyes: float = 2.0
     past: float = 0.2
-    held_out: int = 24
-    first_clips: int = 200
+    held_out: int = 12
+    first_clips: int = 300
     mixture: Mixture = field(default_factory=Mixture)
 
     def __post_init__(self) -> None:
@@ -88,7 +91,7 @@ class Recipe:
 @dataclass(frozen=True)
 class Batch:
     """Sequences of one layout: x0, noise [B, C, F, h, w]; channels: mask and image channels, the same but for C;
-    image: reference tokens [B, P, p q C]; audio [B, F, W, channels]; weight [B, F, h, w]; timesteps [B, F]."""
+    image: reference tokens [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]."""
 
     layout: Layout
     x0: Tensor
@@ -135,19 +138,38 @@ def predict(model: JoyAvatarDiT, batch: Batch) -> Tensor:
     return model(x, batch.timesteps, batch.layout.positions(), condition, audio, None, mask)[0]
 
 
-def squared_error(batch: Batch, v: Tensor) -> Tensor:
-    """Squared error of the velocity, mean over channels: [B, F, h, w]."""
-    return (v - flow.velocity(batch.x0, batch.noise)).square().mean(dim=1)
+def squared_error(batch: Batch, v: Tensor, channels: Tensor | None = None) -> Tensor:
+    """Squared error of the velocity, mean over channels (weighted by `channels` [C]): [B, F, h, w]."""
+    error = (v - flow.velocity(batch.x0, batch.noise)).square()
+    return (error if channels is None else error * channels[:, None, None, None]).mean(dim=1)
 
 
-def flow_loss(batch: Batch, v: Tensor, recipe: Recipe) -> Tensor:
+def flow_loss(batch: Batch, v: Tensor, recipe: Recipe, channels: Tensor | None = None) -> Tensor:
     """Weighted mean of the squared error. The motion frame has no part in it."""
     weight = 1 + (recipe.mouth - 1) * batch.mouth + (recipe.eyes - 1) * batch.eyes
     latent = torch.ones(batch.layout.latents)
     latent[: batch.layout.lead] = recipe.past
     latent[batch.layout.lead - batch.layout.motion : batch.layout.lead] = 0
     weight = weight * latent[:, None, None]
-    return (weight * squared_error(batch, v)).sum() / weight.sum()
+    return (weight * squared_error(batch, v, channels)).sum() / weight.sum()
+
+
+@torch.no_grad()
+def channel_importance(decoder: LightAutoencoder, latents: Tensor) -> Tensor:
+    """[C], mean about 1: how much of the decoded picture hangs on each latent channel. latents [1, C, F, h, w].
+
+    Latents are whitened, so that a channel which hardly shows counts in the flow loss as much as one that is the
+    shape of the face; weighted by the squared error that noise in a channel makes in the picture, the loss is one of
+    pixels to first order. Kept within 1/4 and 4.
+    """
+    generator = torch.Generator().manual_seed(0)
+    clean, errors = decoder.decode_unclamped(latents)[0], []
+    for channel in range(latents.shape[1]):
+        noisy = latents.clone()
+        noisy[:, channel] += 0.5 * torch.randn(latents[:, channel].shape, generator=generator)
+        errors.append((decoder.decode_unclamped(noisy)[0] - clean).square().mean())
+    importance = torch.stack(errors)
+    return (importance / importance.mean()).clamp(0.25, 4.0)
 
 
 # Model
@@ -199,9 +221,10 @@ class Training:
     model: JoyAvatarDiT
     weights: Weights
     optimisers: list[torch.optim.Optimizer]
-    data: EncodedClips
+    data: tuple[EncodedClips, ...]
     held_out: EncodedClips
     policy: RolloutPolicy
+    channels: Tensor
     spent: float = 0.0
     steps: int = 0
 
@@ -213,11 +236,12 @@ class Training:
         """The batch of the next step: a function of the seed and the step."""
         random_ = random.Random(f"{self.recipe.seed} {self.steps}")
         layout = sample_layout(random_, self.policy, self.recipe.mixture)
-        tokens = _tokens_per_latent(self.data, self.model.config)
+        (data,) = random_.choices(self.data, [len(part) for part in self.data])
+        tokens = _tokens_per_latent(data, self.model.config)
         count = max(1, round(self.recipe.tokens / (layout.latents * tokens)))
-        clips = torch.tensor([random_.randrange(len(self.data)) for _ in range(count)])
+        clips = torch.tensor([random_.randrange(len(data)) for _ in range(count)])
         patch, mixture = self.model.config.patch, self.recipe.mixture
-        return make_batch(self.data, layout, clips, patch, mixture, random_.randrange(2**31))
+        return make_batch(data, layout, clips, patch, mixture, random_.randrange(2**31))
 
     def averaged(self) -> JoyAvatarDiT:
         """The model with the averaged weights, to be used and thrown away."""
@@ -230,12 +254,24 @@ def _tokens_per_latent(data: EncodedClips, config: ModelConfig) -> int:
     return data.latents.shape[-2] * data.latents.shape[-1] // (config.patch[0] * config.patch[1])
 
 
-def begin(recipe: Recipe, out: Path, data: EncodedClips) -> Training:
-    """A training at step 0. ValueError when there are too few clips."""
-    if len(data) <= recipe.held_out:
-        raise ValueError(f"{len(data)} clips: more than the {recipe.held_out} held out are needed; draw more")
-    model = JoyAvatarDiT(MODELS[recipe.model])
+def hold_out(data: tuple[EncodedClips, ...], count: int) -> tuple[tuple[EncodedClips, ...], EncodedClips]:
+    """Clips to train on, and the first `count` of the most frequent size. ValueError when there are too few."""
+    if not data or len(data[0]) <= count:
+        found = len(data[0]) if data else 0
+        raise ValueError(f"{found} clips of one size: more than the {count} held out are needed; draw more")
+    return (data[0].select(slice(count, None)), *data[1:]), data[0].select(slice(0, count))
+
+
+def begin(
+    recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], channels: Tensor, projector: Path | None = None
+) -> Training:
+    """A training at step 0. A projector that has learned to listen stays as it is."""
+    data, held_out = hold_out(data, recipe.held_out)
+    model = JoyAvatarDiT(MODELS[recipe.model], attention=attend)
     initialise(model, recipe.seed)
+    if projector:
+        load_projector(projector, model.proj_model)
+        model.proj_model.requires_grad_(False)
     model = model.bfloat16()
     weights = Weights(model, recipe.average)
     return Training(
@@ -244,16 +280,17 @@ def begin(recipe: Recipe, out: Path, data: EncodedClips) -> Training:
         model=model,
         weights=weights,
         optimisers=make_optimisers(recipe, weights),
-        data=data.select(slice(recipe.held_out, None)),
-        held_out=data.select(slice(0, recipe.held_out)),
+        data=data,
+        held_out=held_out,
         policy=policy_named(recipe.policy),
+        channels=channels,
     )
 
 
 def train_step(state: Training) -> dict[str, float]:
     """One batch: forward, backward, update. A gradient that is not finite is thrown away."""
     recipe, batch = state.recipe, state.batch()
-    loss = flow_loss(batch, predict(state.model, batch), recipe)
+    loss = flow_loss(batch, predict(state.model, batch), recipe, state.channels)
     loss.backward()
     norm = state.weights.collect()
     scale = rate_scale(state.steps, recipe.warmup_steps, state.progress)
@@ -312,7 +349,8 @@ def save(state: Training) -> None:
         "optimisers": [o.state_dict() for o in state.optimisers],
     }
     write_whole(state.out / "train.pt", lambda path: torch.save(content, path))
-    notes = {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": len(state.data)}
+    clips = sum(len(part) for part in state.data)
+    notes = {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": clips}
     save_transformer(state.out / "transformer.safetensors", state.averaged(), state.recipe, notes)
 
 
@@ -345,7 +383,7 @@ class Clock:
 
 def loop(state: Training, store: LatentStore, show: preview.Preview, log_steps: int = 20) -> None:
     """Train until the budget is spent, on ever more clips. Saving and measuring count as time spent."""
-    saving, measuring, showing = Clock(150, state.spent), Clock(200, state.spent), Clock(600, state.spent)
+    saving, measuring, showing = Clock(150, state.spent), Clock(300, state.spent), Clock(600, state.spent)
     last, since, sums = time.monotonic(), state.spent, dict.fromkeys(("loss", "norm", "tokens"), 0.0)
     while state.progress < 1:
         figures = train_step(state)
@@ -368,10 +406,10 @@ def loop(state: Training, store: LatentStore, show: preview.Preview, log_steps: 
 
 def grow(state: Training, store: LatentStore) -> None:
     """Take in the clips encoded since."""
-    held_out = state.recipe.held_out
-    if len(store.ready()) > held_out + len(state.data):
-        state.data = store.load().select(slice(held_out, None))
-        log.info("training on %d clips", len(state.data))
+    known = sum(len(part) for part in state.data)
+    if len(store.ready()) > state.recipe.held_out + known:
+        state.data, _ = hold_out(store.load(), state.recipe.held_out)
+        log.info("training on %d clips", sum(len(part) for part in state.data))
 
 
 def _where(state: Training) -> dict[str, object]:
@@ -384,21 +422,26 @@ def show_preview(state: Training, show: preview.Preview) -> None:
     record(state.out / "curve.jsonl", {**_where(state), **figures})
 
 
-def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, again: bool = False) -> None:
+def train(
+    recipe: Recipe, out: Path, clips: Path, autoencoder: Path, projector: Path | None = None, again: bool = False
+) -> None:
     """Train for recipe.minutes of wall-clock time (all sessions together).
 
     Training starts with the first clips encoded; a worker encodes the rest meanwhile.
     """
     out.mkdir(parents=True, exist_ok=True)
-    decoder = load_light_autoencoder(autoencoder)
-    geometry = Geometry(recipe.size, recipe.size, spatial=decoder.spatial, patch=MODELS[recipe.model].patch)
-    store = LatentStore(list_clips(clips), clips, autoencoder, geometry)
+    decoder, patch = load_light_autoencoder(autoencoder), MODELS[recipe.model].patch
+    store = LatentStore(list_clips(clips), clips, autoencoder, patch)
     store.encode(recipe.held_out + recipe.first_clips)
     data = store.load()
-    state = begin(recipe, out, data)
+    channels = channel_importance(decoder, data[0].latents[:2, :4].float().transpose(1, 2))
+    state = begin(recipe, out, data, channels, projector)
     if again:
         resume(state)
-    show = preview.Preview(tuple(store.paths[:3]), data.select(slice(0, 3)), decoder, geometry)
+    shown = state.held_out.select(slice(0, 3))
+    paths = tuple(clip_path(clips, int(seed)) for seed in shown.seed)
+    height, width = (cells * decoder.spatial for cells in shown.latents.shape[-2:])
+    show = preview.Preview(paths, shown, decoder, Geometry(width, height, spatial=decoder.spatial, patch=patch))
     with store.worker():
         loop(state, store, show)
     save(state)
@@ -415,6 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the embedded transformer on drawn clips.")
     parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder.safetensors")
     parser.add_argument("--clips", type=Path, required=True, help="folder of training.clips")
+    parser.add_argument("--projector", type=Path, help="projector.safetensors of training.listening")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--seed", type=int)
@@ -426,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    train(_recipe(options), options.out, options.clips, options.autoencoder, options.resume)
+    train(_recipe(options), options.out, options.clips, options.autoencoder, options.projector, options.resume)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def write_preview(path: Path, model: JoyAvatarDiT, policy: RolloutPolicy, show: 
         clip = read_clip(source)
         true, made = as_video(clip.video)[0], decode(show.autoencoder, roll_out(model, policy, show, i))
         rows += [_strip(true), _strip(made)]
-        scores.append(_scores(true, made, clip.mouth[0], clip.open))
+        scores.append(_scores(true, made, clip.boxes[0, 0], clip.open))
     _write_png(path, torch.cat(rows))
     return {name: round(float(np.mean([s[name] for s in scores])), 3) for name in scores[0]}
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..attention import sdpa
 from ..policy import RolloutPolicy
 from ..schedule import warp
 
-_LEAST = 20.0  # jittered levels stay above this timestep (index, before the warp)
+_LEAST = 80.0  # jittered levels stay above this timestep (index, before the warp)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ class Layout:
         return group[:, None] >= group[None]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """An attention.AttentionFn for `Layout.mask`: only the past needs a mask, the window sees everything.
+
+    A quarter less work than under one mask. q, k, v [B, L, heads, D], mask [L, L].
+    """
+    past = 0 if mask is None else int((~mask[:, -1]).sum())
+    if mask is None or not past:
+        return sdpa(q, k, v)
+    before = sdpa(q[:, :past], k[:, :past], v[:, :past], mask[:past, :past])
+    return torch.cat([before, sdpa(q[:, past:], k, v)], dim=1)
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Odds of the kinds of sequences.
@@ -74,9 +87,9 @@ class Mixture:
 
     start: float = 0.25
     end: float = 0.05
-    context: tuple[float, ...] = (0.2, 0.2, 0.2, 0.1, 0.3)
+    context: tuple[float, ...] = (0.3, 0.2, 0.1, 0.1, 0.3)
     exact: float = 0.5
-    clean_motion: float = 0.1
+    clean_motion: float = 0.3
     sink_late: float = 0.75
     gap: float = 0.5
 

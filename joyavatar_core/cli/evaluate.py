@@ -1,0 +1,74 @@
+"""`joyavatar evaluate`: measure the embedded model, or other files of its kind, on held-out drawn people."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..avatar import ASSETS, EMBEDDED_FILES, Avatar, assemble_embedded, load_light_autoencoder, load_model
+from ..checkpoint import read
+from ..measures.mouth_reader import load_mouth_reader
+from .options import policy_of
+
+
+def run(args: argparse.Namespace) -> int:
+    """`joyavatar evaluate`."""
+    from ..training.drawn_suite import QUICK, Suite, run_suite, write_pictures
+
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads {args.threads} must be at least 1")
+        torch.set_num_threads(args.threads)
+    wanted = {"clips": args.clips, "seconds": args.seconds, "long_seconds": args.long_seconds}
+    wanted["long_clips"] = 0 if args.long_seconds == 0 else None
+    suite = replace(QUICK if args.quick else Suite(), **{k: v for k, v in wanted.items() if v is not None})
+    policy = policy_of(args)
+    avatar, reader = _avatar(args), load_mouth_reader(args.reader) if args.reader else load_mouth_reader()
+    with _bar(suite.clips + suite.long_clips) as bar:
+        report = run_suite(suite, avatar, policy, reader, on_clip=bar.update)
+    report.about["policy"], report.about["weights"] = args.policy, _weights(args)
+    if args.out:
+        out = Path(args.out)
+        report.about["pictures"] = [path.name for path in write_pictures(report, out)]
+        (out / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    print(json.dumps(report.as_json(), indent=1) if args.json else table(report))
+    return 0
+
+
+def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Files of the transformer and the autoencoder."""
+    model = Path(args.model) if args.model else ASSETS / EMBEDDED_FILES["model"]
+    return model, Path(args.autoencoder) if args.autoencoder else ASSETS / EMBEDDED_FILES["autoencoder"]
+
+
+def _avatar(args: argparse.Namespace) -> Avatar:
+    model, autoencoder = _paths(args)
+    dtype = None if args.dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    return assemble_embedded(load_model(model), load_light_autoencoder(autoencoder), dtype=dtype)
+
+
+def _weights(args: argparse.Namespace) -> dict[str, Any]:
+    """What the files say of themselves: the recipe of the report."""
+    return {path.name: read(path)[1] for path in _paths(args)}
+
+
+def table(report: Any) -> str:
+    """The figures, one a line; those that miss their target are marked."""
+    marks = {True: "met", False: "MISSED", None: ""}
+    lines = [f"{'figure':<26}{'mean':>9}{'95 % interval':>20}{'n':>4}  {'target':<12}"]
+    for name, f in report.figures.items():
+        span = f"{f.low:.3f} .. {f.high:.3f}"
+        lines.append(f"{name:<26}{f.mean:>9.3f}{span:>20}{f.n:>4}  {f.target or '':<12}{marks[f.met]}")
+    shares = ", ".join(f"{what} {share:.0%}" for what, share in report.about["time_share"].items())
+    return "\n".join([*lines, f"{report.about['seconds']:.0f} s: {shares}"])
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="clip", disable=None, dynamic_ncols=True)

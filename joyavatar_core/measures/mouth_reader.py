@@ -1,0 +1,260 @@
+"""A small convolutional network that reads mouth, blink and the face's place from frames: the ruler for lip sync.
+
+It reads one person at a time. A coarse look at the whole picture finds mouth, eyes and size; mouth and eyes are cut
+out, upright and at one scale, and read. A wide mouth on one face is a common one on another, so each reading also
+hears the mean of the features over all frames of the video: who this is, but not when. No frame knows its neighbours,
+hence nothing is smoothed in time.
+
+Shape legend: T pixel frames, H W pixel size, h w size of a crop, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import checkpoint
+
+WEIGHTS = Path(__file__).parent.parent / "assets" / "mouth-reader.safetensors"
+
+THUMB = 64  # side of the letterboxed picture the coarse look sees
+_CHUNK = 64  # frames read at once
+_TYPICAL = 0.78  # from between the eyes to the mouth, in half face heights
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A cut-out: rows x columns samples, `density` of them to half the height of the face."""
+
+    rows: int
+    columns: int
+    density: float
+
+
+MOUTH_CROP = Crop(48, 56, 52.0)
+EYES_CROP = Crop(28, 60, 40.0)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a face is, in pixels: mouth, eyes [T, 2] (x, y) centres of the boxes that hold them, size [T] half the
+    height of the face, roll [T] radians, clockwise."""
+
+    mouth: Tensor
+    eyes: Tensor
+    size: Tensor
+    roll: Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read. open, teeth, blink [T] 0..1; wide [T] -1 (round) .. 1 (spread).
+
+    place [T, 4]: x and y of the point between eyes and mouth and half the height of the face, in pixels; roll in
+    radians, clockwise.
+    """
+
+    open: Tensor
+    wide: Tensor
+    teeth: Tensor
+    blink: Tensor
+    place: Tensor
+
+
+class Locator(nn.Module):
+    """Thumbnails [T, 3, 64, 64] in [-1, 1] -> mouth and eyes [T, 2, 2] (x, y) in 0..1 of the thumbnail, and the size
+    of the face [T] in thumbnails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry = nn.Sequential(nn.Conv2d(3, 32, 6, 4, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.deep = nn.Sequential(
+            *(nn.Conv2d(32, 40, 3, 2, 1), nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU()),
+            *(nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU(), nn.Conv2d(40, 32, 1)),
+        )
+        self.join = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.heat = nn.Conv2d(32, 2, 1)
+        self.size = nn.Sequential(nn.Linear(65, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, thumbs: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.entry(thumbs)
+        features = self.join(fine + F.interpolate(self.deep(fine), scale_factor=2.0))
+        side = features.shape[-1]
+        heat = self.heat(features).flatten(2).softmax(2)  # [T, 2, cells]
+        line = (torch.arange(side, device=heat.device, dtype=heat.dtype) + 0.5) / side
+        cells = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)
+        points = heat @ cells  # [T, 2, (x, y)]
+        seen = (heat @ features.flatten(2).transpose(1, 2)).flatten(1)
+        apart = (points[:, 0] - points[:, 1]).norm(dim=1, keepdim=True).clamp(min=0.02).log()
+        scale = self.size(torch.cat([seen, apart], 1)) + apart
+        return points, scale[:, 0].clamp(-4, 0).exp() / _TYPICAL
+
+
+class CropReader(nn.Module):
+    """Crops [T, 3, h, w] of one person -> features -> outputs."""
+
+    def __init__(self, crop: Crop, widths: tuple[int, int, int, int], features: int, outputs: int) -> None:
+        super().__init__()
+        first, second, third, last = widths
+        self.layers = nn.Sequential(
+            *(nn.Conv2d(3, first, 3, 2, 1), nn.ReLU(), nn.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
+            *(nn.Conv2d(second, third, 3, 2, 1), nn.ReLU(), nn.Conv2d(third, third, 3, 1, 1), nn.ReLU()),
+            nn.Conv2d(third, last, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(last * -(-crop.rows // 8) * -(-crop.columns // 8), features),
+        )
+        self.person = nn.Sequential(nn.ReLU(), nn.Linear(features, features), nn.ReLU())
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, outputs))
+
+    def look(self, crops: Tensor) -> Tensor:
+        """Features [T, D] of each crop; light and contrast are taken out first."""
+        crops = crops - crops.mean((1, 2, 3), keepdim=True)
+        return self.layers(crops / (crops.square().mean((1, 2, 3), keepdim=True).sqrt() + 0.05))
+
+    def tell(self, features: Tensor, people: int = 1) -> Tensor:
+        """Outputs [T, outputs] from the features of `people` persons, T / people rows each."""
+        each = features.unflatten(0, (people, -1))
+        person = self.person(each).mean(1, keepdim=True).expand_as(each)
+        return self.head(torch.cat([each, person], 2)).flatten(0, 1)
+
+
+class MouthReader(nn.Module):
+    """See the module. `read` is the whole of its use; the parts are public for the trainer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locator = Locator()
+        self.mouth = CropReader(MOUTH_CROP, (24, 48, 64, 18), 50, 5)  # open, wide, teeth, dx, dy
+        self.eyes = CropReader(EYES_CROP, (16, 32, 40, 18), 40, 3)  # blink, dx, dy
+
+    @torch.no_grad()
+    def read(self, video: Tensor) -> Reading:
+        """Read frames of one person: uint8 [T, H, W, 3], or float [3, T, H, W] in [-1, 1].
+
+        Raises ValueError for another shape, and for pictures under 32 pixels.
+        """
+        pieces = frame_pieces(video)
+        place = _joined([self.locate(as_frames(piece)) for piece in pieces])
+        mouth, eyes = self._look(pieces, place)
+        place = _moved(place, mouth[:, 3:], eyes[:, 1:])
+        mouth, eyes = self._look(pieces, place)  # once more, now that they stand in the middle
+        open_, wide, teeth = mouth[:, :3].unbind(1)
+        place = _moved(place, mouth[:, 3:], eyes[:, 1:])
+        where = torch.column_stack([(place.mouth + place.eyes) / 2, place.size, place.roll])
+        return Reading(open_.clamp(0, 1), wide.clamp(-1, 1), teeth.clamp(0, 1), eyes[:, 0].clamp(0, 1), where)
+
+    def _look(self, pieces: tuple[Tensor, ...], place: Place) -> tuple[Tensor, Tensor]:
+        """Outputs of mouth [T, 5] and eyes [T, 3] cut out there."""
+        mouth, eyes = [], []
+        for i, piece in enumerate(pieces):
+            frames, at = as_frames(piece), _rows(place, i * _CHUNK)
+            mouth.append(self.mouth.look(cut(frames, at.mouth, at.size, at.roll, MOUTH_CROP)))
+            eyes.append(self.eyes.look(cut(frames, at.eyes, at.size, at.roll, EYES_CROP)))
+        return self.mouth.tell(torch.cat(mouth)), self.eyes.tell(torch.cat(eyes))
+
+    def locate(self, frames: Tensor) -> Place:
+        """The coarse look at frames [T, 3, H, W] in [-1, 1]."""
+        thumbs, scale, offset = letterbox(frames)
+        points, size = self.locator(thumbs)
+        points = (points * THUMB - 0.5 - offset) / scale  # [T, 2, (x, y)]
+        mouth, eyes = points[:, 0], points[:, 1]
+        return Place(mouth, eyes, size * THUMB / scale.mean(), _roll(mouth, eyes))
+
+
+def load_mouth_reader(path: str | Path = WEIGHTS) -> MouthReader:
+    """The reader of the package, or of another file, in float32. CheckpointError if it does not fit."""
+    reader = checkpoint.load_module(path, lambda metadata, tensors: MouthReader(), "mouth reader")
+    return reader.float().requires_grad_(False)
+
+
+def frame_pieces(video: Tensor) -> tuple[Tensor, ...]:
+    """A video in pieces of a few frames: `read` turns one at a time to float. ValueError as for `read`."""
+    bytes_ = video.dtype == torch.uint8
+    if video.dim() != 4 or video.shape[3 if bytes_ else 0] != 3 or not video.numel():
+        raise ValueError(f"video {tuple(video.shape)} {video.dtype}: give uint8 [T, H, W, 3] or float [3, T, H, W]")
+    height, width = video.shape[1:3] if bytes_ else video.shape[2:]
+    if min(height, width) < 32:
+        raise ValueError(f"frames of {width}x{height} pixels: at least 32x32 are needed to read a mouth")
+    return video.split(_CHUNK, dim=0 if bytes_ else 1)
+
+
+def as_frames(video: Tensor) -> Tensor:
+    """uint8 [T, H, W, 3] or float [3, T, H, W] in [-1, 1] -> float32 [T, 3, H, W] in [-1, 1]."""
+    if video.dtype == torch.uint8:
+        return video.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return video.transpose(0, 1).float()
+
+
+def letterbox(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """frames [T, 3, H, W] -> thumbs [T, 3, 64, 64] with grey bars, and scale and offset [2] (x, y).
+
+    A pixel (x, y) of the frame lies at (x + 0.5) * scale - 0.5 + bar; `offset` holds what is left of that when
+    scale * x is taken away.
+    """
+    height, width = frames.shape[2:]
+    longest = max(height, width)
+    h, w = (max(1, round(THUMB * side / longest)) for side in (height, width))
+    small = F.interpolate(frames, (h, w), mode="bilinear", antialias=True, align_corners=False)
+    left, top = (THUMB - w) // 2, (THUMB - h) // 2
+    thumbs = F.pad(small, (left, THUMB - w - left, top, THUMB - h - top))
+    scale = torch.tensor([w / width, h / height])
+    return thumbs, scale, scale / 2 - 0.5 + torch.tensor([left, top])
+
+
+def cut(frames: Tensor, centre: Tensor, size: Tensor, roll: Tensor, crop: Crop) -> Tensor:
+    """Upright crops [T, 3, rows, columns] about centre [T, 2] (pixels) of faces of this size and roll [T].
+
+    Outside of the frame the edge goes on. Frames much finer than the crop are halved first.
+    """
+    finest = float(size.median()) / crop.density
+    while finest >= 2:
+        frames, finest = F.avg_pool2d(frames, 2), finest / 2
+        centre, size = (centre + 0.5) / 2 - 0.5, size / 2
+    x = (torch.arange(crop.columns) + 0.5 - crop.columns / 2) / crop.density
+    y = (torch.arange(crop.rows) + 0.5 - crop.rows / 2) / crop.density
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2).flatten(0, 1)  # [(rows columns), 2] in half faces
+    pixels = centre[:, None] + turned(grid.expand(len(frames), -1, -1), size[:, None], roll[:, None])
+    shape = torch.tensor([frames.shape[3], frames.shape[2]])
+    places = ((2 * pixels + 1) / shape - 1).unflatten(1, (crop.rows, crop.columns))
+    return F.grid_sample(frames, places, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def turned(vectors: Tensor, size: Tensor, roll: Tensor) -> Tensor:
+    """Vectors [*, 2] (x, y) of the upright face, in half face heights -> pixels of the picture."""
+    x, y = vectors.unbind(-1)
+    cos, sin = roll.cos() * size, roll.sin() * size
+    return torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
+
+
+def _moved(place: Place, mouth: Tensor, eyes: Tensor) -> Place:
+    """The place after the mouth and the eyes were found to lie aside by these [T, 2], in half face heights."""
+    mouth = place.mouth + turned(mouth, place.size, place.roll)
+    eyes = place.eyes + turned(eyes, place.size, place.roll)
+    return _steadied(Place(mouth, eyes, place.size, _roll(mouth, eyes)))
+
+
+def _steadied(place: Place) -> Place:
+    """Sizes that follow the distance from eyes to mouth, which is found best; their median is as it was."""
+    apart = (place.mouth - place.eyes).norm(dim=1).clamp(min=1e-3)
+    return Place(place.mouth, place.eyes, apart * (place.size / apart).median(), place.roll)
+
+
+def _joined(places: list[Place]) -> Place:
+    """Places of all frames of a video from those of its pieces."""
+    return _steadied(Place(*(torch.cat([getattr(p, f.name) for p in places]) for f in fields(Place))))
+
+
+def _rows(place: Place, start: int) -> Place:
+    """The place in the frames of the piece that starts there."""
+    return Place(*(getattr(place, f.name)[start : start + _CHUNK] for f in fields(Place)))
+
+
+def _roll(mouth: Tensor, eyes: Tensor) -> Tensor:
+    """Angle of the face's axis, from the eyes down to the mouth."""
+    x, y = (mouth - eyes).unbind(1)
+    return torch.atan2(-x, y)

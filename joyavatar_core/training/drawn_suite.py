@@ -1,0 +1,555 @@
+"""The held-out suite: the embedded model on drawn people, styles, voices and texts that training never saw.
+
+Every clip follows from its seed: who, what is said, the motion of the truth. The model gets what a user gives, the
+first picture and the sound, and runs as the engine's own stream. What comes out is read by the mouth reader and set
+against the truth of the drawing; `Report` has a figure, a 95 % interval over clips and a target for each question.
+
+Shape legend: T pixel frames, H W pixel size, C clips. Videos are uint8 [T, H, W, 3] RGB.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..autoencoder import TEMPORAL
+from ..avatar import Avatar
+from ..generate import from_uint8, to_uint8
+from ..measures import pictures, statistics
+from ..measures.mouth_reader import MouthReader, Reading
+from ..measures.statistics import Interval, LoudnessPredictor
+from ..policy import RolloutPolicy
+from .drawn import Clip, Image, sample_clip
+from .mouth_reader import QUANTITIES
+from .speech import Speech, synthesize
+
+log = logging.getLogger(__name__)
+
+SIZES = ((256, 256), (320, 192), (192, 320))
+FIRST_SEED = 990_000_000
+FIT_SEED = 700_000_000  # training clips whose loudness and truth the predictor is fitted on
+_LONG_OFFSET = 100_000
+_LAST = 5.0  # seconds at the end of a clip that are compared with its picture
+_SILENCE_MARGIN = 0.12  # seconds from a sound that do not count as silence: two frames
+_MOVING = 0.05  # change of opening, width or teeth from one frame to the next that counts as a moving mouth
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is run: `clips` of `seconds`, in turn in all sizes (H, W), and `long_clips` of `long_seconds`.
+
+    compared: seconds at the start of each clip that go through the autoencoder. fit_clips: training clips that the
+    loudness predictor is fitted on. Raises ValueError for less than two clips or clips under two seconds.
+    """
+
+    clips: int = 24
+    seconds: float = 12.0
+    long_clips: int = 1
+    long_seconds: float = 120.0
+    compared: float = 4.0
+    fit_clips: int = 64
+    first_seed: int = FIRST_SEED
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    fps: int = 16
+
+    def __post_init__(self) -> None:
+        if self.clips < 2 or self.seconds < 2 or (self.long_clips and self.long_seconds < 4):
+            raise ValueError(
+                f"{self.clips} clips of {self.seconds} s and long ones of {self.long_seconds} s: at least 2 clips of "
+                "2 s are needed for intervals, and long ones of 4 s"
+            )
+
+    def frames(self, seconds: float) -> int:
+        """Pixel frames of so many seconds."""
+        return round(seconds * self.fps)
+
+
+QUICK = Suite(clips=4, seconds=6.0, long_seconds=30.0, fit_clips=24)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One answer: its mean over n clips, the 95 % interval, what is asked of it, and whether the mean meets that."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    target: str | None = None
+    met: bool | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """least <= figure <= most."""
+
+    least: float | None = None
+    most: float | None = None
+
+    def __str__(self) -> str:
+        if self.least is None:
+            return f"<= {self.most:g}"
+        return f">= {self.least:g}" if self.most is None else f"{self.least:g} .. {self.most:g}"
+
+    def met(self, value: float) -> bool:
+        """Not by nan."""
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+
+TARGETS: dict[str, Target] = {
+    "autoencoder.psnr_whole": Target(least=30),
+    "autoencoder.psnr_face": Target(least=32),
+    "autoencoder.psnr_mouth": Target(least=30),
+    **{f"reader.r2_{name}": Target(least=0.95) for name in QUANTITIES},
+    "sync.correlation": Target(least=0.6),
+    "sync.lag": Target(least=0, most=1),
+    "sync.margin": Target(least=0.15),
+    "closures.rate": Target(least=0.7),
+    "silence.opening": Target(most=0.08),
+    "blinks.ratio": Target(least=0.5, most=1.5),
+    "head.ratio": Target(least=0.5, most=1.5),
+    "person.histogram": Target(most=0.5),
+    "person.feature": Target(most=0.5),
+    "noise.slope": Target(most=0.1),
+}
+"""What each figure must be. All others are there to judge these by."""
+
+MEANINGS: dict[str, str] = {
+    "autoencoder.psnr_whole": "dB, true frames with a moving mouth encoded and decoded",
+    "autoencoder.psnr_face": "dB, in the box of the face",
+    "autoencoder.psnr_mouth": "dB, in the box of the mouth",
+    "reader.r2_open": "R2 of the mouth reader on true frames, all clips together",
+    "reader.r2_wide": "the same for width",
+    "reader.r2_teeth": "the same for teeth",
+    "reader.r2_blink": "the same for the blink",
+    "sync.correlation": "opening read on generated frames against the truth, at the best lag",
+    "sync.lag": "frames by which the generated mouth is late",
+    "sync.loudness_baseline": "the same of the best causal predictor from the loudness",
+    "sync.margin": "correlation above that predictor",
+    "sync.on_truth": "the same read on true frames: what the reader could see at best",
+    "sync.wide": "correlation of the width, same lag",
+    "sync.teeth": "correlation of the teeth, same lag",
+    "closures.rate": "share of m, b, p whose lips are read closed within one frame",
+    "closures.on_truth": "the same on true frames",
+    "closures.chance": "the same on generated frames at other times of the clip",
+    "closures.threshold": "opening under which lips count as closed, from true frames",
+    "silence.opening": "mean opening in silences, two frames from any sound",
+    "silence.on_truth": "the same on true frames",
+    "blinks.per_minute": "blinks a minute, generated",
+    "blinks.on_truth": "the same on true frames",
+    "blinks.ratio": "generated against true blinks",
+    "head.deviation": "deviation of the head's place over time, in half face heights",
+    "head.on_truth": "the same on true frames",
+    "head.ratio": "generated against true deviation",
+    "person.histogram": "Hellinger distance of the colours of the last seconds of the long run from the picture's, "
+    "in shares of the mean distance of other people's pictures",
+    "person.feature": "the same of the layout feature (gradient directions and colours of the face's box, "
+    "8 x 8 cells, mean over time, cosine distance)",
+    "person.histogram_short": "the same at the end of the short clips",
+    "person.feature_short": "the same at the end of the short clips",
+    "person.feature_on_truth": "the same of true frames at the end of the short clips",
+    "noise.level": "mean size of the Laplacian in flat parts of the long run, grey levels",
+    "noise.slope": "its growth a minute, in shares of the level",
+    "speed.fps": "frames a second of the engine's stream on this machine, as busy as it was",
+}
+
+
+@dataclass
+class ClipResult:
+    """What one clip gave; `long` clips fill only what needs no truth frame by frame."""
+
+    seed: int
+    size: tuple[int, int]
+    speech: Speech
+    picture: Image
+    box: NDArray[np.float32]
+    values: dict[str, float] = field(default_factory=dict)
+    true: Reading | None = None
+    made: Reading | None = None
+    truth: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    colours: NDArray[np.float64] | None = None
+    layout: NDArray[np.float64] | None = None
+    sheet: list[Image] = field(default_factory=list)
+
+
+@dataclass
+class Clock:
+    """Seconds spent, by what."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def at(self, what: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class Report:
+    """figures by name (see MEANINGS); about: seeds, sizes, voices and seconds spent; clips: what each gave."""
+
+    figures: dict[str, Figure]
+    about: dict[str, Any]
+    clips: list[ClipResult]
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures by name, and `about`. What is not a number is null."""
+        figures = {name: {k: _plain(v) for k, v in asdict(figure).items()} for name, figure in self.figures.items()}
+        return {**figures, "about": self.about}
+
+
+def _plain(value: Any) -> Any:
+    return (round(value, 4) if np.isfinite(value) else None) if isinstance(value, float) else value
+
+
+def check_speech(speech: Speech) -> None:
+    """Raises OSError where held-out sentences cannot be spoken."""
+    if speech.source == "babble":
+        raise OSError(
+            "the suite speaks held-out sentences with espeak-ng, which this machine does not have: install it "
+            "(apt install espeak-ng, brew install espeak-ng)"
+        )
+
+
+def run_suite(
+    suite: Suite,
+    avatar: Avatar,
+    policy: RolloutPolicy,
+    reader: MouthReader,
+    spoken: bool = True,
+    on_clip: Callable[[], None] | None = None,
+) -> Report:
+    """Run everything; on_clip is called after each clip. spoken: refuse to go on with babble (OSError)."""
+    clock, started = Clock(), time.perf_counter()
+    results = []
+    for i in range(suite.clips + suite.long_clips):
+        long = i >= suite.clips
+        seed = suite.first_seed + (i - suite.clips + _LONG_OFFSET if long else i)
+        with clock.at("draw"):
+            clip = sample_clip(seed, suite.frames(suite.seconds), suite.sizes[i % len(suite.sizes)], suite.fps)
+        if spoken:
+            check_speech(clip.speech)
+        one = _long_clip if long else _short_clip
+        results.append(one(seed, clip, suite, avatar, policy, reader, clock))
+        if on_clip:
+            on_clip()
+    with clock.at("baseline"):
+        predictor = fit_predictor(suite)
+    figures = _figures(suite, results[: suite.clips], results[suite.clips :], predictor)
+    return Report(figures, _about(suite, results, clock, time.perf_counter() - started), results)
+
+
+def fit_predictor(suite: Suite) -> LoudnessPredictor:
+    """From the loudness to the opening, on training clips."""
+    speeches = [synthesize(FIT_SEED + i, suite.seconds, suite.fps) for i in range(suite.fit_clips)]
+    return LoudnessPredictor.fit([_level(s) for s in speeches], [s.open for s in speeches])
+
+
+def _level(speech: Speech) -> NDArray[np.float64]:
+    return statistics.loudness(speech.audio, speech.sample_rate, float(speech.fps), len(speech.open))
+
+
+# One clip
+
+
+def speak(avatar: Avatar, policy: RolloutPolicy, picture: Image, speech: Speech, seed: int) -> Image:
+    """The engine's own stream over the whole sound: frames [T, H, W, 3]."""
+    stream = avatar.stream(from_uint8(picture), policy, seed)
+    parts = [to_uint8(piece) for piece in stream.feed(torch.from_numpy(speech.audio), speech.sample_rate)]
+    parts += [to_uint8(piece) for piece in stream.finish()]
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def reconstructed(avatar: Avatar, video: Image) -> Image:
+    """Frames [1 + 4 k, H, W, 3] encoded, and decoded as a stream decodes them."""
+    frames = torch.from_numpy(video).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    latents = avatar.autoencoder.encode(frames.to(avatar.device, avatar.dtype))
+    state, parts = None, []
+    for piece in latents.split(4, dim=2):
+        made, state = avatar.autoencoder.decode_stream(piece, state)
+        parts.append(to_uint8(made))
+    return np.concatenate(parts)
+
+
+def _short_clip(
+    seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
+) -> ClipResult:
+    result = ClipResult(seed, clip.video.shape[1:3], clip.speech, clip.video[0], clip.boxes[0, 2])
+    result.truth = {name: np.array([getattr(pose, name) for pose in clip.poses]) for name in QUANTITIES}
+    with clock.at("autoencoder"):
+        count = 1 + (min(len(clip.video), suite.frames(suite.compared)) - 1) // TEMPORAL * TEMPORAL
+        _compare(result, clip, reconstructed(avatar, clip.video[:count]))
+    made = _generated(result, avatar, policy, clock)
+    with clock.at("read"):
+        result.true = reader.read(torch.from_numpy(clip.video))
+        result.made = reader.read(torch.from_numpy(made))
+    last = suite.frames(min(_LAST, suite.seconds / 2))
+    _describe(result, made[-last:])
+    result.values["feature_on_truth"] = _own_distance(result, clip.video[-last:])
+    shown = np.linspace(0, len(made) - 1, 10).round().astype(int)
+    result.sheet = [clip.video[shown], made[shown]]
+    return result
+
+
+def _compare(result: ClipResult, clip: Clip, made: Image) -> None:
+    """PSNR over the frames with a moving mouth, of all frames where there are none."""
+    true, boxes = clip.video[: len(made)], clip.boxes[: len(made)]
+    change = np.max([np.abs(np.diff(result.truth[n][: len(made)], prepend=0.0)) for n in QUANTITIES[:3]], axis=0)
+    moving = change > _MOVING if (change > _MOVING).any() else change >= 0
+    for name, box in (("whole", None), ("face", boxes[moving, 2]), ("mouth", boxes[moving, 0])):
+        errors = pictures.box_errors(made[moving], true[moving], box)
+        result.values[f"psnr_{name}"] = pictures.psnr(float(errors.mean()))
+
+
+def _generated(result: ClipResult, avatar: Avatar, policy: RolloutPolicy, clock: Clock) -> Image:
+    begun = time.perf_counter()
+    with clock.at("generate"):
+        made = speak(avatar, policy, result.picture, result.speech, result.seed)
+    result.values["fps"] = len(made) / (time.perf_counter() - begun)
+    return made
+
+
+def _describe(result: ClipResult, last: Image) -> None:
+    """Colours and layout of the last seconds."""
+    result.colours = pictures.colour_histogram(last)
+    result.layout = pictures.layout_feature(last[:: max(1, len(last) // 24)], result.box)
+
+
+def _own_distance(result: ClipResult, frames: Image) -> float:
+    own = pictures.layout_feature(result.picture[None], result.box)
+    layout = pictures.layout_feature(frames[:: max(1, len(frames) // 24)], result.box)
+    return pictures.feature_distance(layout, own)
+
+
+def _long_clip(
+    seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
+) -> ClipResult:
+    """The first picture of the drawn clip and several utterances."""
+    speech = synthesize(seed, suite.long_seconds, suite.fps)
+    result = ClipResult(seed, clip.video.shape[1:3], speech, clip.video[0], clip.boxes[0, 2])
+    made = _generated(result, avatar, policy, clock)
+    with clock.at("read"):
+        _describe(result, made[-suite.frames(min(_LAST, suite.long_seconds / 2)) :])
+        rows = np.arange(suite.fps // 2, len(made), suite.fps // 2)  # twice a second, not the first picture's copy
+        levels = pictures.noise(made[rows], pictures.flat_pixels(result.picture))
+    result.values["noise"] = float(levels.mean())
+    result.values["noise_slope"] = statistics.slope(levels, rows / suite.fps / 60) / max(float(levels.mean()), 1e-9)
+    shown = np.linspace(0, len(made) - 1, 20).round().astype(int)
+    result.sheet = [made[shown[:10]], made[shown[10:]]]
+    return result
+
+
+# All clips
+
+
+def _figures(
+    suite: Suite, short: list[ClipResult], long: list[ClipResult], predictor: LoudnessPredictor
+) -> dict[str, Figure]:
+    found: dict[str, Interval] = {}
+    for name in ("psnr_whole", "psnr_face", "psnr_mouth"):
+        found[f"autoencoder.{name}"] = statistics.mean_interval([r.values[name] for r in short])
+    for name in QUANTITIES:
+        read, truth = [_read(r.true, name) for r in short], [r.truth[name] for r in short]
+        found[f"reader.r2_{name}"] = statistics.pooled_r_squared(read, truth)
+    found |= _sync(short, predictor)
+    found |= _closures(short)
+    found |= _stillness(short, suite)
+    found |= _person(short, long)
+    if long:
+        found["noise.level"] = statistics.mean_interval([r.values["noise"] for r in long])
+        found["noise.slope"] = statistics.mean_interval([r.values["noise_slope"] for r in long])
+    found["speed.fps"] = statistics.mean_interval([r.values["fps"] for r in (*short, *long)])
+    return {name: _figure(name, found[name]) for name in MEANINGS if name in found}
+
+
+def _figure(name: str, value: Interval) -> Figure:
+    target = TARGETS.get(name)
+    met = None if target is None else target.met(value.mean)
+    return Figure(value.mean, value.low, value.high, value.n, None if target is None else str(target), met)
+
+
+def _read(reading: Reading | None, name: str) -> NDArray[np.float64]:
+    assert reading is not None
+    return getattr(reading, name).double().numpy()
+
+
+def _sync(short: list[ClipResult], predictor: LoudnessPredictor) -> dict[str, Interval]:
+    """Correlations of the opening at the one lag that is best for all clips together, and of what loudness tells."""
+    lags = list(statistics.LAGS)
+    tables = {
+        "made": [statistics.correlations(_read(r.made, "open"), r.truth["open"]) for r in short],
+        "true": [statistics.correlations(_read(r.true, "open"), r.truth["open"]) for r in short],
+        "loud": [statistics.correlations(predictor.predict(_level(r.speech)), r.truth["open"]) for r in short],
+        "wide": [statistics.correlations(_read(r.made, "wide"), r.truth["wide"]) for r in short],
+        "teeth": [statistics.correlations(_read(r.made, "teeth"), r.truth["teeth"]) for r in short],
+    }
+    table = {name: np.array(rows) for name, rows in tables.items()}
+    best = {name: lags.index(statistics.best_lag(rows)) for name, rows in table.items()}
+    made, loud = table["made"][:, best["made"]], table["loud"][:, best["loud"]]
+    return {
+        "sync.correlation": statistics.mean_interval(list(made)),
+        "sync.lag": statistics.bootstrap(lambda rows: statistics.best_lag(table["made"][rows]), len(short)),
+        "sync.loudness_baseline": statistics.mean_interval(list(loud)),
+        "sync.margin": statistics.mean_interval(list(made - loud)),
+        "sync.on_truth": statistics.mean_interval(list(table["true"][:, best["true"]])),
+        "sync.wide": statistics.mean_interval(list(table["wide"][:, best["made"]])),
+        "sync.teeth": statistics.mean_interval(list(table["teeth"][:, best["made"]])),
+    }
+
+
+def _spans(speech: Speech, kind: str) -> list[statistics.Span]:
+    return [(phone.start, phone.end) for phone in speech.phones if phone.kind == kind]
+
+
+def _closures(short: list[ClipResult]) -> dict[str, Interval]:
+    """The threshold is what true frames show of m, b and p; chance is the same lips at other times."""
+    rng = np.random.default_rng(0)
+    smallest: dict[str, list[NDArray[np.float64]]] = {"true": [], "made": [], "chance": []}
+    for result in short:
+        speech, fps = result.speech, float(result.speech.fps)
+        spans, seconds = _spans(speech, "bilabial"), len(speech.audio) / speech.sample_rate
+        made = _read(result.made, "open")
+        smallest["true"].append(statistics.closest(_read(result.true, "open"), spans, fps))
+        smallest["made"].append(statistics.closest(made, spans, fps))
+        others = [s for by in rng.uniform(0, seconds, 8) for s in statistics.moved(spans, seconds, float(by))]
+        smallest["chance"].append(statistics.closest(made, others, fps))
+    threshold = statistics.closure_threshold(np.concatenate(smallest["true"]))
+
+    def rate(name: str) -> Interval:
+        closed = [float((values < threshold).sum()) for values in smallest[name]]
+        return statistics.ratio_interval(closed, [float(len(values)) for values in smallest[name]])
+
+    return {
+        "closures.rate": rate("made"),
+        "closures.on_truth": rate("true"),
+        "closures.chance": rate("chance"),
+        "closures.threshold": Interval(threshold, threshold, threshold, len(short)),
+    }
+
+
+def _stillness(short: list[ClipResult], suite: Suite) -> dict[str, Interval]:
+    """Lips in silence, blinks, the head."""
+    silence: dict[str, list[float]] = {"true": [], "made": []}
+    blinks: dict[str, list[float]] = {"true": [], "made": []}
+    head: dict[str, list[float]] = {"true": [], "made": []}
+    for result in short:
+        spans = _spans(result.speech, "silence")
+        for name, reading in (("true", result.true), ("made", result.made)):
+            assert reading is not None
+            opening = _read(reading, "open")
+            silence[name].append(statistics.mean_inside(opening, spans, suite.fps, _SILENCE_MARGIN))
+            blinks[name].append(float(statistics.count_blinks(_read(reading, "blink"))))
+            head[name].append(statistics.head_deviation(reading.place.double().numpy()))
+    minutes = [len(result.truth["open"]) / suite.fps / 60 for result in short]
+    found = {
+        "blinks.per_minute": statistics.ratio_interval(blinks["made"], minutes),
+        "blinks.on_truth": statistics.ratio_interval(blinks["true"], minutes),
+        "blinks.ratio": statistics.ratio_interval(blinks["made"], blinks["true"]),
+        "head.deviation": statistics.mean_interval(head["made"]),
+        "head.on_truth": statistics.mean_interval(head["true"]),
+        "head.ratio": statistics.ratio_interval(head["made"], head["true"]),
+    }
+    if np.isfinite(silence["made"]).any():
+        found["silence.opening"] = statistics.mean_interval(silence["made"])
+        found["silence.on_truth"] = statistics.mean_interval(silence["true"])
+    return found
+
+
+def _person(short: list[ClipResult], long: list[ClipResult]) -> dict[str, Interval]:
+    """Distances from the own picture, in shares of the mean distance that other people's pictures have from it."""
+    colours = [pictures.colour_histogram(r.picture[None]) for r in (*short, *long)]
+    layouts = [pictures.layout_feature(r.picture[None], r.box) for r in (*short, *long)]
+    shares: dict[str, list[float]] = {"histogram": [], "feature": [], "on_truth": []}
+    for i, result in enumerate((*short, *long)):
+        assert result.colours is not None and result.layout is not None
+        others = [j for j in range(len(colours)) if j != i]
+        far = float(np.mean([pictures.histogram_distance(colours[j], colours[i]) for j in others]))
+        far_layout = float(np.mean([pictures.feature_distance(layouts[j], layouts[i]) for j in others]))
+        shares["histogram"].append(pictures.histogram_distance(result.colours, colours[i]) / far)
+        shares["feature"].append(pictures.feature_distance(result.layout, layouts[i]) / far_layout)
+        shares["on_truth"].append(result.values.get("feature_on_truth", float("nan")) / far_layout)
+    count = len(short)
+    found = {
+        "person.histogram_short": statistics.mean_interval(shares["histogram"][:count]),
+        "person.feature_short": statistics.mean_interval(shares["feature"][:count]),
+        "person.feature_on_truth": statistics.mean_interval(shares["on_truth"][:count]),
+    }
+    if long:
+        found["person.histogram"] = statistics.mean_interval(shares["histogram"][count:])
+        found["person.feature"] = statistics.mean_interval(shares["feature"][count:])
+    return found
+
+
+def _about(suite: Suite, results: list[ClipResult], clock: Clock, seconds: float) -> dict[str, Any]:
+    """What the figures rest on."""
+    return {
+        "suite": "drawn",
+        "settings": {**asdict(suite), "sizes": [f"{w}x{h}" for h, w in suite.sizes]},
+        "seeds": [result.seed for result in results],
+        "voices": [result.speech.source for result in results],
+        "seconds": round(seconds, 1),
+        "time_share": {what: round(spent / seconds, 3) for what, spent in clock.spent.items()},
+        "meanings": MEANINGS,
+    }
+
+
+# Pictures of the result
+
+
+def write_pictures(report: Report, out: Path) -> list[Path]:
+    """sheet.png (true frames above generated ones; of a long clip only these, in two rows) and curves.png in `out`."""
+    import cv2
+
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"sheet.png": contact_sheet(report.clips), "curves.png": curve_plots(report.clips)}
+    for name, picture in files.items():
+        if not cv2.imwrite(str(out / name), picture[..., ::-1]):
+            raise OSError(f"cannot write {out / name}: is the folder writable?")
+    return [out / name for name in files]
+
+
+def contact_sheet(results: list[ClipResult], height: int = 128) -> Image:
+    """Rows of ten frames, evenly spaced in time: [H, W, 3]."""
+    import cv2
+
+    rows = []
+    for result in results:
+        for frames in result.sheet:
+            width = round(frames.shape[2] * height / frames.shape[1])
+            small = [cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA) for frame in frames]
+            rows.append(np.concatenate(small, axis=1))
+    widest = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(r, ((0, 0), (0, widest - r.shape[1]), (0, 0)), constant_values=255) for r in rows])
+
+
+def curve_plots(results: list[ClipResult], height: int = 72, step: int = 5) -> Image:
+    """A panel a clip: opening of the truth (grey) and read on the generated frames (red); blink below in blue."""
+    import cv2
+
+    panels = []
+    for result in results:
+        if result.made is None:
+            continue
+        curves = (
+            (result.truth["open"], (150, 150, 150), height),
+            (_read(result.made, "open"), (200, 40, 40), height),
+            (0.3 * _read(result.made, "blink"), (50, 90, 200), height),
+        )
+        panel = np.full((height + 8, len(result.truth["open"]) * step, 3), 255, np.uint8)
+        for values, colour, scale in curves:
+            points = np.stack([np.arange(len(values)) * step, 4 + scale * (1 - np.clip(values, 0, 1))], 1)
+            cv2.polylines(panel, [np.round(points).astype(np.int32)], False, colour, 1, cv2.LINE_AA)
+        panels.append(panel)
+    widest = max(panel.shape[1] for panel in panels)
+    return np.concatenate([np.pad(p, ((0, 0), (0, widest - p.shape[1]), (0, 0)), constant_values=255) for p in panels])

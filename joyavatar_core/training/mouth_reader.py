@@ -1,0 +1,451 @@
+"""Trains the mouth reader on drawn frames, on one thread of a CPU, within a budget of wall-clock time.
+
+    python -m joyavatar_core.training.mouth_reader --out DIR --minutes 15 [--resume]
+
+Frames are drawn as training goes: a pool of clips, of which the oldest are replaced at every step. Half of the mouths
+come from speech, half from chance, so that opening, width and teeth are not read from one another. Frames are
+softened, stored as JPEG, made noisy, mirrored and recoloured, for a generator's frames are none too clean. In DIR:
+mouth-reader.safetensors (averaged weights in bfloat16, ready to use), train.safetensors (what --resume reads) and
+curve.jsonl.
+
+Shape legend: N clips of the pool, B clips of a batch, K frames of a clip, T frames, H W pixel size, h w size of a
+crop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import checkpoint
+from ..measures.mouth_reader import (
+    EYES_CROP,
+    MOUTH_CROP,
+    THUMB,
+    Crop,
+    MouthReader,
+    Place,
+    as_frames,
+    cut,
+    letterbox,
+    turned,
+)
+from ..measures.statistics import r_squared
+from .common import Weights, rate_scale, record
+from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
+from .speech import synthesize
+
+log = logging.getLogger(__name__)
+
+SIZES = ((256, 256), (320, 192), (192, 320))
+QUANTITIES = ("open", "wide", "teeth", "blink")
+_FRAMES = 8  # of a clip
+_FACE = Crop(120, 112, 60.0)  # what the pool keeps of a frame, upright
+_SCALES = torch.tensor([0.25, 0.5, 0.25, 0.08, 0.08])  # deviations: open, wide, teeth, and the two offsets
+_EYE_SCALES = torch.tensor([0.3, 0.08, 0.08])
+_OFFSET_WEIGHT = 0.15
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training, beside the machine. Seeds from `seed` millions on are drawn."""
+
+    seed: int = 800
+    minutes: float = 15.0
+    clips: int = 20
+    fresh: int = 1
+    pool: int = 240
+    speeches: int = 24
+    held_out: int = 15
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.02
+    clip_norm: float = 2.0
+    ema: float = 0.995
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 900:
+            raise ValueError(f"seed {self.seed} must lie in 0 .. 899: it counts millions, and 900 on are held out")
+        if self.minutes <= 0:
+            raise ValueError(f"minutes {self.minutes} must be positive")
+
+
+# Frames
+
+
+@dataclass(frozen=True)
+class Frames:
+    """K frames of one person. thumbs [K, 3, 64, 64] and faces [K, 3, h, w] uint8; truth [K, 4]: QUANTITIES;
+    spots [K, 2, 2]: mouth and eyes (x, y) in 0..1 of the thumbnail; size [K] of the face in thumbnails;
+    half [K]: half the way from eyes to mouth, in half face heights."""
+
+    thumbs: Tensor
+    faces: Tensor
+    truth: Tensor
+    spots: Tensor
+    size: Tensor
+    half: Tensor
+
+
+def true_place(avatar: Avatar, poses: Sequence[Pose], size: tuple[int, int]) -> Place:
+    """Where the drawn face lies."""
+    found = np.stack([boxes(avatar, pose, size) for pose in poses])
+    upright = np.stack([boxes(avatar, replace(pose, open=0.0, roll=0.0), size)[2] for pose in poses])
+    middle = torch.from_numpy((found[..., :2] + found[..., 2:]) / 2)
+    height = torch.from_numpy(upright[:, 3] - upright[:, 1])
+    return Place(middle[:, 0], middle[:, 1], height / 2, torch.tensor([pose.roll for pose in poses]))
+
+
+def prepare(video: Image, poses: Sequence[Pose], place: Place) -> Frames:
+    """What the pool keeps of a clip."""
+    frames = as_frames(torch.from_numpy(video))
+    thumbs, scale, offset = letterbox(frames)
+    spots = (torch.stack([place.mouth, place.eyes], 1) * scale + offset + 0.5) / THUMB
+    faces = cut(frames, (place.mouth + place.eyes) / 2, place.size, place.roll, _FACE)
+    half = (place.mouth - place.eyes).norm(dim=1) / place.size / 2
+    truth = torch.tensor([[getattr(pose, name) for name in QUANTITIES] for pose in poses])
+    return Frames(_bytes(thumbs), _bytes(faces), truth, spots, place.size * scale.mean() / THUMB, half)
+
+
+def _bytes(frames: Tensor) -> Tensor:
+    return frames.add(1).mul(127.5).round().clamp(0, 255).byte()
+
+
+def random_poses(rng: np.random.Generator, spoken: tuple[Pose, ...], count: int) -> tuple[Pose, ...]:
+    """Poses of one clip: mouth from speech or by chance, within limits of the clip's own; so the blink."""
+    poses = [spoken[i] for i in rng.integers(len(spoken), size=count)]
+    if rng.random() < 0.5:
+        most, round_, spread = rng.uniform(0.1, 1.0) ** 0.5, -rng.uniform(0, 1), rng.uniform(0, 1)
+        shut = rng.random() < 0.3  # then a third of the frames rest
+        for i in range(count):
+            if not (shut and rng.random() < 0.35):
+                mouth = (rng.uniform(0, most), rng.uniform(round_, spread), rng.uniform(0, 1) ** 1.5)
+                poses[i] = replace(poses[i], open=mouth[0], wide=mouth[1], teeth=mouth[2])
+            else:
+                poses[i] = replace(poses[i], open=0.0, wide=0.0, teeth=0.0)
+    if rng.random() < 0.5:
+        poses = [replace(pose, blink=rng.uniform(0, 1) if rng.random() < 0.6 else 0.0) for pose in poses]
+    lean, aside = rng.normal(0, 0.03), rng.normal(0, 0.03, 2)
+    return tuple(replace(p, roll=p.roll + lean, head_x=p.head_x + aside[0], head_y=p.head_y + aside[1]) for p in poses)
+
+
+def degrade(rng: np.random.Generator, video: Image) -> Image:
+    """Frames [T, H, W, 3] as generators and codecs leave them: softer, coarser, noisy; many as they came."""
+    import cv2
+
+    height, width = video.shape[1:3]
+    out = video
+    if rng.random() < 0.12:
+        out = photo_like(int(rng.integers(2**31)), out)
+    if rng.random() < 0.35:
+        deviation = rng.uniform(0.3, 1.8) * min(height, width) / 256
+        out = np.stack([cv2.GaussianBlur(frame, (0, 0), deviation) for frame in out])
+    if rng.random() < 0.25:
+        small = tuple(round(side * rng.uniform(0.45, 0.9)) for side in (width, height))
+        down = [cv2.resize(frame, small, interpolation=cv2.INTER_AREA) for frame in out]
+        out = np.stack([cv2.resize(frame, (width, height), interpolation=cv2.INTER_CUBIC) for frame in down])
+    if rng.random() < 0.3:
+        quality = [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(25, 85))]
+        stored = [cv2.imencode(".jpg", frame, quality)[1] for frame in out]
+        out = np.stack([np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), np.uint8) for jpeg in stored])
+    if rng.random() < 0.2:
+        noise = rng.standard_normal(out.shape, np.float32) * rng.uniform(1, 8)
+        out = np.clip(out + noise, 0, 255).astype(np.uint8)
+    return out
+
+
+def spoken_poses(seed: int, seconds: float = 8.0) -> tuple[Pose, ...]:
+    """The motion of some speech."""
+    speech = synthesize(seed, seconds, 16)
+    return motion(seed, speech, len(speech.open))
+
+
+def draw_clip(seed: int, spoken: tuple[Pose, ...]) -> Frames:
+    """A random person in one of the sizes, in random poses, degraded."""
+    rng = np.random.default_rng((seed, 5))
+    size = SIZES[rng.choice(3, p=(0.4, 0.3, 0.3))]
+    avatar, poses = Avatar.random(seed), random_poses(rng, spoken, _FRAMES)
+    video, _ = render(avatar, poses, size)
+    return prepare(degrade(rng, video), poses, true_place(avatar, poses, size))
+
+
+class Pool:
+    """Clips in memory, of which the oldest are replaced."""
+
+    def __init__(self, recipe: Recipe, first: int) -> None:
+        self.recipe, self.next, self.at = recipe, first, 0
+        self.bank = [spoken_poses(first + i) for i in range(recipe.speeches)]
+        self.clips: list[Frames] = []
+        self.refresh(recipe.pool)
+
+    def refresh(self, count: int) -> None:
+        """Draw so many new clips."""
+        for _ in range(count):
+            clip = draw_clip(self.next, self.bank[self.next % len(self.bank)])
+            self.next += 1
+            if len(self.clips) < self.recipe.pool:
+                self.clips.append(clip)
+            else:
+                self.clips[self.at] = clip
+                self.at = (self.at + 1) % self.recipe.pool
+
+    def batch(self, rng: np.random.Generator) -> Frames:
+        """Clips by chance, [B, K, ...]."""
+        chosen = [self.clips[i] for i in rng.integers(len(self.clips), size=self.recipe.clips)]
+        return Frames(*(torch.stack([getattr(clip, f.name) for clip in chosen]) for f in fields(Frames)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the clips of a batch are shown: mirrored or not [B], the order of the channels for all, gain and offset
+    [B, 1, 3, 1, 1] and noise [B, 1, 1, 1, 1] of each."""
+
+    mirrored: Tensor
+    order: list[int]
+    gain: Tensor
+    offset: Tensor
+    noise: Tensor
+
+    @staticmethod
+    def random(rng: np.random.Generator, clips: int) -> Look:
+        """Half of them mirrored, all recoloured, half noisy."""
+        order = [int(i) for i in rng.permutation(3)] if rng.random() < 0.2 else [0, 1, 2]
+        gain = rng.uniform(0.6, 1.3, (clips, 1, 1, 1, 1)) * rng.uniform(0.85, 1.15, (clips, 1, 3, 1, 1))
+        noise = rng.uniform(0, 0.05, (clips, 1, 1, 1, 1)) * (rng.random((clips, 1, 1, 1, 1)) < 0.5)
+        offset = rng.uniform(-0.25, 0.25, (clips, 1, 1, 1, 1))
+        mirrored = torch.from_numpy(rng.random(clips) < 0.5)
+        return Look(mirrored, order, _tensor(gain), _tensor(offset), _tensor(noise))
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Images [B, K, 3, H, W] in [-1, 1], as they are shown."""
+        images = torch.where(self.mirrored.view(-1, 1, 1, 1, 1), images.flip(-1), images)
+        images = images if self.order == [0, 1, 2] else images[:, :, self.order]
+        return images * self.gain + self.offset + self.noise * _grain(images.shape)
+
+
+@cache
+def _grains() -> Tensor:
+    return torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+
+
+def _grain(shape: torch.Size) -> Tensor:
+    """Normal noise of this shape, from a store: to make it anew would take longer than the convolutions."""
+    start = int(torch.randint(len(_grains()) - shape.numel(), ()))
+    return _grains()[start : start + shape.numel()].view(shape)
+
+
+def _tensor(values: NDArray[np.float64]) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))
+
+
+# Training
+
+
+def loss_of(reader: MouthReader, batch: Frames, rng: np.random.Generator) -> dict[str, Tensor]:
+    """Losses of a batch [B, K, ...]: of the coarse look on two frames of a clip, of crops set aside at random."""
+    clips = len(batch.half)
+    look = Look.random(rng, clips)
+    half, faces = batch.half, batch.faces.flatten(0, 1).float()
+    mouth_offset, mouth = _jittered(rng, half, faces, look, MOUTH_CROP)
+    eye_offset, eyes = _jittered(rng, -half, faces, look, EYES_CROP)
+    truth = batch.truth.flatten(0, 1)
+    read = reader.mouth.tell(reader.mouth.look(mouth), clips).float()
+    seen = reader.eyes.tell(reader.eyes.look(eyes), clips).float()
+    error = (read - torch.cat([truth[:, :3], mouth_offset], 1)) / _SCALES
+    eye_error = (seen - torch.cat([truth[:, 3:], eye_offset], 1)) / _EYE_SCALES
+    return {
+        "place": _place_loss(reader, batch, look, rng),
+        "mouth": error[:, :3].square().mean(),
+        "blink": eye_error[:, :1].square().mean(),
+        "offset": _OFFSET_WEIGHT * (error[:, 3:].square().mean() + eye_error[:, 1:].square().mean()),
+    }
+
+
+def _place_loss(reader: MouthReader, batch: Frames, look: Look, rng: np.random.Generator) -> Tensor:
+    """Distance of mouth and eyes in half face heights, and the size."""
+    rows = torch.arange(len(batch.half))[:, None]
+    picked = torch.from_numpy(rng.integers(batch.half.shape[1], size=(len(rows), 2)))
+    thumbs = look.apply(batch.thumbs[rows, picked].float() / 127.5 - 1)
+    spots, size = batch.spots[rows, picked].clone(), batch.size[rows, picked].flatten()
+    spots[..., 0] = torch.where(look.mirrored.view(-1, 1, 1), 1 - spots[..., 0], spots[..., 0])
+    points, found = reader.locator(thumbs.flatten(0, 1))
+    offset = (points - spots.flatten(0, 1)) / size.view(-1, 1, 1)
+    return F.smooth_l1_loss(offset, torch.zeros_like(offset), beta=0.2) + 2 * (found / size).log().square().mean()
+
+
+def _jittered(rng: np.random.Generator, down: Tensor, faces: Tensor, look: Look, crop: Crop) -> tuple[Tensor, Tensor]:
+    """How far aside the truth lies [(B K), 2], and crops [(B K), 3, h, w] of what lies `down` [B, K] half face heights
+    under the middle of the faces [(B K), 3, H, W] (0..255).
+
+    A person's size is misjudged alike in all frames; the rest errs by the frame, a lot (as the coarse look does) or a
+    little.
+    """
+    clips, frames = down.shape
+    far = np.repeat(np.where(rng.random((clips, 1)) < 0.35, 1.0, 0.3), frames, axis=1)
+    wrong = rng.normal(0, 0.05, (clips, 1)) + 0.04 * far * rng.standard_normal((clips, frames))
+    size = _FACE.density * _tensor(np.exp(np.clip(wrong, -0.15, 0.15))).flatten()
+    roll = _tensor(0.05 * far * rng.standard_normal((clips, frames))).flatten()
+    offset = _tensor(np.clip(0.05 * far[..., None] * rng.standard_normal((clips, frames, 2)), -0.15, 0.15))
+    offset = offset.flatten(0, 1)
+    middle = torch.tensor([(_FACE.columns - 1) / 2, (_FACE.rows - 1) / 2])
+    true = middle + torch.stack([torch.zeros_like(size), down.flatten() * _FACE.density], 1)
+    crops = cut(faces, true - turned(offset, size, roll), size, roll, crop) / 127.5 - 1
+    crops = look.apply(crops.unflatten(0, (clips, -1))).flatten(0, 1)
+    sign = torch.ones(clips, frames, 2)
+    sign[look.mirrored, :, 0] = -1
+    return offset * sign.flatten(0, 1), crops
+
+
+@dataclass
+class Training:
+    """A training under way; spent: seconds, all sessions together."""
+
+    recipe: Recipe
+    out: Path
+    weights: Weights
+    optimiser: torch.optim.Optimizer
+    steps: int = 0
+    session_steps: int = 0
+    spent: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> float:
+        return self.spent / (60 * self.recipe.minutes)
+
+
+def step(state: Training, reader: MouthReader, pool: Pool, rng: np.random.Generator) -> None:
+    """Draw, learn, publish."""
+    pool.refresh(state.recipe.fresh)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = loss_of(reader, pool.batch(rng), rng)
+    torch.stack(list(losses.values())).sum().backward()
+    state.weights.clip(state.weights.collect(), state.recipe.clip_norm)
+    rate = state.recipe.learning_rate * rate_scale(state.session_steps, state.recipe.warmup_steps, state.progress)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate
+    state.optimiser.step()
+    state.steps, state.session_steps = state.steps + 1, state.session_steps + 1
+    state.weights.publish(state.steps)
+    for name, value in losses.items():
+        loss = float(value.detach())
+        state.sums[name] = 0.98 * state.sums.get(name, loss) + 0.02 * loss
+
+
+def held_out_clips(count: int, frames: int = 32) -> list[tuple[Image, tuple[Pose, ...], Place]]:
+    """Held-out people in natural motion, every third frame, in all sizes, as drawn."""
+    clips = []
+    for i in range(count):
+        seed, size = HELD_OUT_SEED + 50_000_000 + i, SIZES[i % len(SIZES)]
+        avatar, poses = Avatar.random(seed), spoken_poses(seed, 3 * frames / 16)[::3]
+        clips.append((render(avatar, poses, size)[0], poses, true_place(avatar, poses, size)))
+    return clips
+
+
+def measure(reader: MouthReader, clips: list[tuple[Image, tuple[Pose, ...], Place]]) -> dict[str, float]:
+    """R2 of each quantity over all frames, and the mean distance of the face's place in face heights."""
+    read = [reader.read(torch.from_numpy(video)) for video, _, _ in clips]
+    poses = [pose for _, some, _ in clips for pose in some]
+    figures = {}
+    for name in QUANTITIES:
+        truth = np.array([getattr(pose, name) for pose in poses])
+        figures[name] = round(r_squared(torch.cat([getattr(r, name) for r in read]).numpy(), truth), 4)
+    wrong = [
+        ((r.place[:, :2] - (p.mouth + p.eyes) / 2).norm(dim=1) / p.size / 2).mean()
+        for r, (_, _, p) in zip(read, clips, strict=True)
+    ]
+    return {**figures, "place_error": round(float(torch.stack(wrong).mean()), 4)}
+
+
+def save(state: Training, figures: dict[str, float]) -> None:
+    """The averaged weights, ready to use, and what a resumed training needs."""
+    average = {name: tensor.bfloat16() for name, tensor in state.weights.average.items()}
+    notes = {"steps": str(state.steps), "spent": str(state.spent)}
+    about = {"recipe": str(state.recipe), "r2 on held-out drawn frames": str(figures), **notes}
+    checkpoint.write(state.out / "mouth-reader.safetensors", average, about)
+    tensors = {f"{kind}.{n}": t for kind, part in state.weights.state().items() for n, t in part.items()}
+    checkpoint.write(state.out / "train.safetensors", tensors, notes)
+
+
+def resume(state: Training) -> None:
+    """Weights, average and time spent; the optimiser's moments start anew."""
+    tensors, notes = checkpoint.read(state.out / "train.safetensors")
+    parts: dict[str, dict[str, Tensor]] = {"master": {}, "average": {}}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        parts[kind][rest] = tensor
+    state.weights.load(parts)
+    state.steps, state.spent = int(notes["steps"]), float(notes["spent"])
+
+
+def averaged(state: Training) -> MouthReader:
+    """A reader with the averaged weights."""
+    return checkpoint.load_into(MouthReader(), {n: t.clone() for n, t in state.weights.average.items()}, "average")
+
+
+def train(recipe: Recipe, out: Path, go_on: bool = False) -> dict[str, float]:
+    """Train for recipe.minutes (all sessions together); figures on held-out frames: see `measure`."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(recipe.seed)
+    reader = MouthReader()
+    weights = Weights(reader, recipe.ema)
+    optimiser = torch.optim.AdamW(
+        weights.master.values(),
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+    state = Training(recipe, out, weights, optimiser)
+    if go_on:
+        resume(state)
+    clips = held_out_clips(recipe.held_out)
+    pool = Pool(recipe, recipe.seed * 1_000_000 + (state.steps and recipe.pool + recipe.fresh * state.steps))
+    rng = np.random.default_rng((recipe.seed, state.steps))
+    last, measured = time.monotonic(), state.spent
+    while state.progress < 1:
+        step(state, reader, pool, rng)
+        now = time.monotonic()
+        state.spent, last = state.spent + now - last, now
+        if state.spent - measured > 180:
+            _tell(state, clips)
+            measured = state.spent
+    return _tell(state, clips)
+
+
+def _tell(state: Training, clips: list[tuple[Image, tuple[Pose, ...], Place]]) -> dict[str, float]:
+    """Measure, record and save."""
+    figures = measure(averaged(state), clips)
+    losses = {name: round(value, 4) for name, value in state.sums.items()}
+    figures_named = {f"r2_{name}" if name in QUANTITIES else name: value for name, value in figures.items()}
+    line = {"step": state.steps, "minutes": round(state.spent / 60, 2), **losses, **figures_named}
+    record(state.out / "curve.jsonl", line)
+    save(state, figures)
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the mouth reader on drawn frames.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="all sessions together")
+    parser.add_argument("--seed", type=int, default=Recipe.seed, help="first seed drawn, in millions")
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    train(Recipe(seed=options.seed, minutes=options.minutes), options.out, options.resume)
+
+
+if __name__ == "__main__":
+    main()

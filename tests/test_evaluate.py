@@ -1,0 +1,126 @@
+"""The held-out suite and its command, on random weights: what is reported, not how good it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from joyavatar_core import checkpoint
+from joyavatar_core.avatar import random_embedded
+from joyavatar_core.cli.evaluate import table
+from joyavatar_core.cli.main import build_parser, main
+from joyavatar_core.measures.mouth_reader import MouthReader
+from joyavatar_core.policy import policy
+from joyavatar_core.training import drawn_suite
+from joyavatar_core.training.drawn import sample_clip
+from joyavatar_core.training.drawn_suite import FIRST_SEED, TARGETS, Figure, Report, Suite, Target
+
+SMALL = Suite(clips=2, seconds=2.0, long_seconds=4.0, compared=0.6, fit_clips=2, sizes=((64, 64), (64, 96)))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    torch.manual_seed(0)
+    reader = MouthReader().requires_grad_(False).eval()
+    told: list[int] = []
+    avatar = random_embedded(dtype=torch.float32)
+    made = drawn_suite.run_suite(SMALL, avatar, policy("joyavatar-flash"), reader, False, lambda: told.append(1))
+    assert len(told) == 3
+    return made
+
+
+def test_every_figure_is_there_with_interval_and_target(report: Report) -> None:
+    assert set(TARGETS) <= set(report.figures) | {"silence.opening"}
+    for name, figure in report.figures.items():
+        assert np.isnan(figure.mean) or figure.low - 1e-9 <= figure.mean <= figure.high + 1e-9, name
+        assert (figure.target is None) == (name not in TARGETS) == (figure.met is None)
+    assert report.figures["sync.correlation"].n == 2 and report.figures["noise.slope"].n == 1
+    assert report.figures["sync.correlation"].met is False  # random weights do not speak
+    margin = report.figures["sync.correlation"].mean - report.figures["sync.loudness_baseline"].mean
+    assert report.figures["sync.margin"].mean == pytest.approx(margin)
+
+
+def test_report_is_json_and_says_what_it_rests_on(report: Report) -> None:
+    back = json.loads(json.dumps(report.as_json()))
+    assert set(back["closures.rate"]) == {"mean", "low", "high", "n", "target", "met"}
+    assert back["about"]["seeds"] == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 100_000]
+    assert set(back["about"]["time_share"]) >= {"draw", "autoencoder", "generate", "read", "baseline"}
+    assert sum(back["about"]["time_share"].values()) <= 1.001
+    lines = table(report).splitlines()
+    assert any(line.startswith("sync.correlation") and line.endswith("MISSED") for line in lines)
+
+
+def test_pictures_show_truth_above_what_was_made(report: Report, tmp_path: Path) -> None:
+    sheet = drawn_suite.contact_sheet(report.clips, height=64)
+    assert sheet.shape[0] == 64 * 6 and sheet.shape[1] == 10 * 96
+    first = sample_clip(FIRST_SEED, SMALL.frames(SMALL.seconds), (64, 64), SMALL.fps).video[0]
+    assert np.array_equal(sheet[:64, :64], first)
+    files = drawn_suite.write_pictures(report, tmp_path / "new")
+    assert [f.name for f in files] == ["sheet.png", "curves.png"] and all(f.stat().st_size > 1000 for f in files)
+
+
+def test_the_autoencoders_own_frames_have_no_error() -> None:
+    clip = sample_clip(FIRST_SEED, 9, (64, 64), 16)
+    result = drawn_suite.ClipResult(0, (64, 64), clip.speech, clip.video[0], clip.boxes[0, 2])
+    result.truth = {name: np.array([getattr(p, name) for p in clip.poses]) for name in drawn_suite.QUANTITIES}
+    drawn_suite._compare(result, clip, clip.video)
+    assert result.values == {"psnr_whole": 99, "psnr_face": 99, "psnr_mouth": 99}
+
+
+def test_reconstruction_keeps_the_number_of_frames() -> None:
+    avatar = random_embedded(dtype=torch.float32)
+    video = sample_clip(1, 21, (64, 64), 16).video
+    assert drawn_suite.reconstructed(avatar, video).shape == video.shape
+
+
+def test_targets_are_met_within_their_limits_only() -> None:
+    assert Target(least=0.5, most=1.5).met(0.5) and not Target(least=0.5, most=1.5).met(1.6)
+    assert not Target(most=0.1).met(float("nan"))
+    assert [str(t) for t in (Target(least=30), Target(most=0.08), Target(0, 1))] == [">= 30", "<= 0.08", "0 .. 1"]
+
+
+def test_numbers_that_are_none_become_null() -> None:
+    figure = Figure(float("nan"), float("nan"), 1.0, 2)
+    assert Report({"x": figure}, {}, []).as_json()["x"]["mean"] is None
+
+
+def test_babble_is_refused_with_the_remedy() -> None:
+    speech = sample_clip(3, 8, (64, 64), 16).speech
+    with pytest.raises(OSError, match="install it"):
+        drawn_suite.check_speech(replace(speech, source="babble"))
+    drawn_suite.check_speech(replace(speech, source="espeak-ng en-us+f3"))
+
+
+@pytest.mark.parametrize(("clips", "seconds"), [(1, 12.0), (4, 1.0)])
+def test_too_little_is_refused(clips: int, seconds: float) -> None:
+    with pytest.raises(ValueError, match="at least 2 clips"):
+        Suite(clips=clips, seconds=seconds)
+
+
+def test_command_reports_on_files_of_ones_own(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "reader.safetensors"
+    checkpoint.write(path, MouthReader().state_dict(), {})
+    asked = []
+
+    def fake(suite: Suite, *_: object, **__: object) -> Report:
+        asked.append(suite)
+        return report
+
+    monkeypatch.setattr(drawn_suite, "run_suite", fake)
+    words = ["evaluate", "--clips", "3", "--long-seconds", "0", "--reader", str(path), "--json"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(printed["about"]["weights"]) == {"tiny.safetensors", "tiny-autoencoder.safetensors"}
+    assert asked == [Suite(clips=3, long_clips=0, long_seconds=0)]
+    assert main([*words, "--reader", str(tmp_path / "none.safetensors")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert main(["evaluate", "--clips", "1", "--reader", str(path)]) == 2
+    assert build_parser().parse_args(["evaluate", "--quick"]).quick

@@ -39,7 +39,7 @@ def test_every_figure_is_there_with_interval_and_target(report: Report) -> None:
     for name, figure in report.figures.items():
         assert np.isnan(figure.mean) or figure.low - 1e-9 <= figure.mean <= figure.high + 1e-9, name
         assert (figure.target is None) == (name not in TARGETS) == (figure.met is None)
-    assert report.figures["sync.correlation"].n == 2 and report.figures["noise.slope"].n == 1
+    assert report.figures["sync.correlation"].n == 2 and report.figures["noise.level"].n == 1
     assert report.figures["sync.correlation"].met is False  # random weights do not speak
     margin = report.figures["sync.correlation"].mean - report.figures["sync.loudness_baseline"].mean
     assert report.figures["sync.margin"].mean == pytest.approx(margin)
@@ -118,6 +118,7 @@ def test_command_reports_on_files_of_ones_own(
     assert main([*words, "--out", str(tmp_path / "out")]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "--clips 3 --seconds 12 --long-seconds 0" in printed["about"]["command"]
     assert set(printed["about"]["weights"]) == {"tiny.safetensors", "tiny-autoencoder.safetensors"}
     assert asked == [Suite(clips=3, long_clips=0, long_seconds=0)]
     assert main([*words, "--reader", str(tmp_path / "none.safetensors")]) == 2

@@ -297,7 +297,7 @@ def test_the_true_place_is_where_the_face_is_drawn() -> None:
     size = (128, 128)
     straight, turned_head = (Pose(), Pose(roll=0.2, head_x=0.05, open=0.5))
     places = trainer.true_place(avatar, (straight, turned_head), size)
-    assert places.size[0] == pytest.approx(float(places.size[1]), rel=0.02)
+    assert places.size[0] == pytest.approx(float(places.size[1]), rel=0.02) and 25 < places.size[0] < 70
     axis = places.mouth - places.eyes
     assert axis[0, 0].abs() < 0.05 * axis[0, 1]
     assert torch.atan2(-axis[1, 0], axis[1, 1]) == pytest.approx(0.2, abs=0.02)

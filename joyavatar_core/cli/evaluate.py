@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from ..avatar import ASSETS, EMBEDDED_FILES, Avatar, assemble_embedded, load_lig
 from ..checkpoint import read
 from ..measures.mouth_reader import load_mouth_reader
 from .options import policy_of
+
+if TYPE_CHECKING:
+    from ..training.drawn_suite import Report, Suite
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     avatar, reader = _avatar(args), load_mouth_reader(args.reader) if args.reader else load_mouth_reader()
     with _bar(suite.clips + suite.long_clips) as bar:
         report = run_suite(suite, avatar, policy, reader, on_clip=bar.update)
-    report.about["policy"], report.about["weights"] = args.policy, _weights(args)
+    report.about.update(command=_command(args, suite), policy=asdict(policy), weights=_weights(args))
     if args.out:
         out = Path(args.out)
         report.about["pictures"] = [path.name for path in write_pictures(report, out)]
@@ -52,12 +55,19 @@ def _avatar(args: argparse.Namespace) -> Avatar:
     return assemble_embedded(load_model(model), load_light_autoencoder(autoencoder), dtype=dtype)
 
 
+def _command(args: argparse.Namespace, suite: Suite) -> str:
+    """The words that measure the same again; the rollout is under `policy`."""
+    long = suite.long_seconds if suite.long_clips else 0
+    words = f"joyavatar evaluate --suite {args.suite} --clips {suite.clips} --seconds {suite.seconds:g}"
+    return f"{words} --long-seconds {long:g} --policy {args.policy} --json"
+
+
 def _weights(args: argparse.Namespace) -> dict[str, Any]:
     """What the files say of themselves: the recipe of the report."""
     return {path.name: read(path)[1] for path in _paths(args)}
 
 
-def table(report: Any) -> str:
+def table(report: Report) -> str:
     """The figures, one a line; those that miss their target are marked."""
     marks = {True: "met", False: "MISSED", None: ""}
     lines = [f"{'figure':<26}{'mean':>9}{'95 % interval':>20}{'n':>4}  {'target':<12}"]

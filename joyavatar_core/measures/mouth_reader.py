@@ -10,7 +10,7 @@ Shape legend: T pixel frames, H W pixel size, h w size of a crop, D features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,8 @@ WEIGHTS = Path(__file__).parent.parent / "assets" / "mouth-reader.safetensors"
 
 THUMB = 64  # side of the letterboxed picture the coarse look sees
 _CHUNK = 64  # frames read at once
-_TYPICAL = 0.78  # from between the eyes to the mouth, in half face heights
+_LOOKS = 3  # cuts of mouth and eyes: each finds them nearer to the middle
+APART = 0.81  # from the eyes to the mouth, in half face heights: what "size" rests on
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,38 @@ EYES_CROP = Crop(28, 60, 40.0)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a face is, in pixels: mouth, eyes [T, 2] (x, y) centres of the boxes that hold them, size [T] half the
-    height of the face, roll [T] radians, clockwise."""
+    """Where a face is: mouth, eyes [T, 2] (x, y) in pixels, centres of the boxes that hold them with brows and lips."""
 
     mouth: Tensor
     eyes: Tensor
-    size: Tensor
-    roll: Tensor
+
+    @property
+    def size(self) -> Tensor:
+        """[T] half the height of a face whose mouth lies as far from its eyes, in pixels: at least one."""
+        return (self.mouth - self.eyes).norm(dim=1).clamp(min=APART) / APART
+
+    @property
+    def roll(self) -> Tensor:
+        """[T] angle of the axis from the eyes down to the mouth, in radians, clockwise."""
+        x, y = (self.mouth - self.eyes).unbind(1)
+        return torch.atan2(-x, y)
+
+    def moved(self, mouth: Tensor, eyes: Tensor) -> Place:
+        """The place after mouth and eyes were found to lie aside by these [T, 2], in half face heights."""
+        size, roll = self.size, self.roll
+        return Place(self.mouth + turned(mouth, size, roll), self.eyes + turned(eyes, size, roll))
+
+    def part(self, start: int, count: int) -> Place:
+        """The place in some of the frames."""
+        return Place(self.mouth[start : start + count], self.eyes[start : start + count])
 
 
 @dataclass(frozen=True)
 class Reading:
     """What was read. open, teeth, blink [T] 0..1; wide [T] -1 (round) .. 1 (spread).
 
-    place [T, 4]: x and y of the point between eyes and mouth and half the height of the face, in pixels; roll in
-    radians, clockwise.
+    place [T, 4]: x and y of the point between eyes and mouth and the size (see Place), in pixels; roll in radians,
+    clockwise.
     """
 
     open: Tensor
@@ -66,8 +84,7 @@ class Reading:
 
 
 class Locator(nn.Module):
-    """Thumbnails [T, 3, 64, 64] in [-1, 1] -> mouth and eyes [T, 2, 2] (x, y) in 0..1 of the thumbnail, and the size
-    of the face [T] in thumbnails."""
+    """Thumbnails [T, 3, 64, 64] in [-1, 1] -> mouth and eyes [T, 2, 2] (x, y) in 0..1 of the thumbnail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,20 +95,15 @@ class Locator(nn.Module):
         )
         self.join = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
         self.heat = nn.Conv2d(32, 2, 1)
-        self.size = nn.Sequential(nn.Linear(65, 32), nn.ReLU(), nn.Linear(32, 1))
 
-    def forward(self, thumbs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, thumbs: Tensor) -> Tensor:
         fine = self.entry(thumbs)
         features = self.join(fine + F.interpolate(self.deep(fine), scale_factor=2.0))
         side = features.shape[-1]
         heat = self.heat(features).flatten(2).softmax(2)  # [T, 2, cells]
         line = (torch.arange(side, device=heat.device, dtype=heat.dtype) + 0.5) / side
         cells = torch.stack([line.repeat(side), line.repeat_interleave(side)], 1)
-        points = heat @ cells  # [T, 2, (x, y)]
-        seen = (heat @ features.flatten(2).transpose(1, 2)).flatten(1)
-        apart = (points[:, 0] - points[:, 1]).norm(dim=1, keepdim=True).clamp(min=0.02).log()
-        scale = self.size(torch.cat([seen, apart], 1)) + apart
-        return points, scale[:, 0].clamp(-4, 0).exp() / _TYPICAL
+        return heat @ cells
 
 
 class CropReader(nn.Module):
@@ -139,12 +151,14 @@ class MouthReader(nn.Module):
         Raises ValueError for another shape, and for pictures under 32 pixels.
         """
         pieces = frame_pieces(video)
-        place = _joined([self.locate(as_frames(piece)) for piece in pieces])
+        coarse = [self.locate(as_frames(piece)) for piece in pieces]
+        place = Place(torch.cat([p.mouth for p in coarse]), torch.cat([p.eyes for p in coarse]))
+        for _ in range(_LOOKS - 1):
+            mouth, eyes = self._look(pieces, place)
+            place = place.moved(mouth[:, 3:], eyes[:, 1:])
         mouth, eyes = self._look(pieces, place)
-        place = _moved(place, mouth[:, 3:], eyes[:, 1:])
-        mouth, eyes = self._look(pieces, place)  # once more, now that they stand in the middle
         open_, wide, teeth = mouth[:, :3].unbind(1)
-        place = _moved(place, mouth[:, 3:], eyes[:, 1:])
+        place = place.moved(mouth[:, 3:], eyes[:, 1:])
         where = torch.column_stack([(place.mouth + place.eyes) / 2, place.size, place.roll])
         return Reading(open_.clamp(0, 1), wide.clamp(-1, 1), teeth.clamp(0, 1), eyes[:, 0].clamp(0, 1), where)
 
@@ -152,7 +166,7 @@ class MouthReader(nn.Module):
         """Outputs of mouth [T, 5] and eyes [T, 3] cut out there."""
         mouth, eyes = [], []
         for i, piece in enumerate(pieces):
-            frames, at = as_frames(piece), _rows(place, i * _CHUNK)
+            frames, at = as_frames(piece), place.part(i * _CHUNK, _CHUNK)
             mouth.append(self.mouth.look(cut(frames, at.mouth, at.size, at.roll, MOUTH_CROP)))
             eyes.append(self.eyes.look(cut(frames, at.eyes, at.size, at.roll, EYES_CROP)))
         return self.mouth.tell(torch.cat(mouth)), self.eyes.tell(torch.cat(eyes))
@@ -160,10 +174,8 @@ class MouthReader(nn.Module):
     def locate(self, frames: Tensor) -> Place:
         """The coarse look at frames [T, 3, H, W] in [-1, 1]."""
         thumbs, scale, offset = letterbox(frames)
-        points, size = self.locator(thumbs)
-        points = (points * THUMB - 0.5 - offset) / scale  # [T, 2, (x, y)]
-        mouth, eyes = points[:, 0], points[:, 1]
-        return Place(mouth, eyes, size * THUMB / scale.mean(), _roll(mouth, eyes))
+        points = (self.locator(thumbs) * THUMB - 0.5 - offset) / scale
+        return Place(points[:, 0], points[:, 1])
 
 
 def load_mouth_reader(path: str | Path = WEIGHTS) -> MouthReader:
@@ -229,32 +241,3 @@ def turned(vectors: Tensor, size: Tensor, roll: Tensor) -> Tensor:
     x, y = vectors.unbind(-1)
     cos, sin = roll.cos() * size, roll.sin() * size
     return torch.stack([x * cos - y * sin, x * sin + y * cos], -1)
-
-
-def _moved(place: Place, mouth: Tensor, eyes: Tensor) -> Place:
-    """The place after the mouth and the eyes were found to lie aside by these [T, 2], in half face heights."""
-    mouth = place.mouth + turned(mouth, place.size, place.roll)
-    eyes = place.eyes + turned(eyes, place.size, place.roll)
-    return _steadied(Place(mouth, eyes, place.size, _roll(mouth, eyes)))
-
-
-def _steadied(place: Place) -> Place:
-    """Sizes that follow the distance from eyes to mouth, which is found best; their median is as it was."""
-    apart = (place.mouth - place.eyes).norm(dim=1).clamp(min=1e-3)
-    return Place(place.mouth, place.eyes, apart * (place.size / apart).median(), place.roll)
-
-
-def _joined(places: list[Place]) -> Place:
-    """Places of all frames of a video from those of its pieces."""
-    return _steadied(Place(*(torch.cat([getattr(p, f.name) for p in places]) for f in fields(Place))))
-
-
-def _rows(place: Place, start: int) -> Place:
-    """The place in the frames of the piece that starts there."""
-    return Place(*(getattr(place, f.name)[start : start + _CHUNK] for f in fields(Place)))
-
-
-def _roll(mouth: Tensor, eyes: Tensor) -> Tensor:
-    """Angle of the face's axis, from the eyes down to the mouth."""
-    x, y = (mouth - eyes).unbind(1)
-    return torch.atan2(-x, y)

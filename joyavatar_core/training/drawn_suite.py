@@ -29,6 +29,7 @@ from ..measures.mouth_reader import MouthReader, Reading
 from ..measures.statistics import Interval, LoudnessPredictor
 from ..policy import RolloutPolicy
 from .drawn import Clip, Image, sample_clip
+from .drawn.layers import opencv
 from .mouth_reader import QUANTITIES
 from .speech import Speech, synthesize
 
@@ -158,7 +159,7 @@ MEANINGS: dict[str, str] = {
     "person.feature_short": "the same at the end of the short clips",
     "person.feature_on_truth": "the same of true frames at the end of the short clips",
     "noise.level": "mean size of the Laplacian in flat parts of the long run, grey levels",
-    "noise.slope": "its growth a minute, in shares of the level",
+    "noise.slope": "its growth a minute, in shares of the level; the interval is over pieces of five seconds",
     "speed.fps": "frames a second of the engine's stream on this machine, as busy as it was",
 }
 
@@ -178,6 +179,7 @@ class ClipResult:
     truth: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     colours: NDArray[np.float64] | None = None
     layout: NDArray[np.float64] | None = None
+    noise: NDArray[np.float64] | None = None  # [2, twice a second]: minutes, level in shares of its mean
     sheet: list[Image] = field(default_factory=list)
 
 
@@ -344,7 +346,7 @@ def _long_clip(
         rows = np.arange(suite.fps // 2, len(made), suite.fps // 2)  # twice a second, not the first picture's copy
         levels = pictures.noise(made[rows], pictures.flat_pixels(result.picture))
     result.values["noise"] = float(levels.mean())
-    result.values["noise_slope"] = statistics.slope(levels, rows / suite.fps / 60) / max(float(levels.mean()), 1e-9)
+    result.noise = np.stack([rows / suite.fps / 60, levels / max(float(levels.mean()), 1e-9)])
     shown = np.linspace(0, len(made) - 1, 20).round().astype(int)
     result.sheet = [made[shown[:10]], made[shown[10:]]]
     return result
@@ -368,7 +370,7 @@ def _figures(
     found |= _person(short, long)
     if long:
         found["noise.level"] = statistics.mean_interval([r.values["noise"] for r in long])
-        found["noise.slope"] = statistics.mean_interval([r.values["noise_slope"] for r in long])
+        found["noise.slope"] = _noise_slope(long)
     found["speed.fps"] = statistics.mean_interval([r.values["fps"] for r in (*short, *long)])
     return {name: _figure(name, found[name]) for name in MEANINGS if name in found}
 
@@ -491,6 +493,20 @@ def _person(short: list[ClipResult], long: list[ClipResult]) -> dict[str, Interv
     return found
 
 
+def _noise_slope(long: list[ClipResult]) -> Interval:
+    """Growth a minute; the interval resamples pieces of five seconds, for there are few long runs."""
+    pieces = []
+    for result in long:
+        assert result.noise is not None
+        pieces += np.array_split(result.noise, max(1, result.noise.shape[1] // 10), axis=1)
+
+    def growth(rows: NDArray[np.int64]) -> float:
+        minutes, levels = np.concatenate([pieces[i] for i in rows], axis=1)
+        return statistics.slope(levels, minutes)
+
+    return statistics.bootstrap(growth, len(pieces))
+
+
 def _about(suite: Suite, results: list[ClipResult], clock: Clock, seconds: float) -> dict[str, Any]:
     """What the figures rest on."""
     return {
@@ -509,8 +525,7 @@ def _about(suite: Suite, results: list[ClipResult], clock: Clock, seconds: float
 
 def write_pictures(report: Report, out: Path) -> list[Path]:
     """sheet.png (true frames above generated ones; of a long clip only these, in two rows) and curves.png in `out`."""
-    import cv2
-
+    cv2 = opencv()
     out.mkdir(parents=True, exist_ok=True)
     files = {"sheet.png": contact_sheet(report.clips), "curves.png": curve_plots(report.clips)}
     for name, picture in files.items():
@@ -521,9 +536,7 @@ def write_pictures(report: Report, out: Path) -> list[Path]:
 
 def contact_sheet(results: list[ClipResult], height: int = 128) -> Image:
     """Rows of ten frames, evenly spaced in time: [H, W, 3]."""
-    import cv2
-
-    rows = []
+    cv2, rows = opencv(), []
     for result in results:
         for frames in result.sheet:
             width = round(frames.shape[2] * height / frames.shape[1])
@@ -535,9 +548,7 @@ def contact_sheet(results: list[ClipResult], height: int = 128) -> Image:
 
 def curve_plots(results: list[ClipResult], height: int = 72, step: int = 5) -> Image:
     """A panel a clip: opening of the truth (grey) and read on the generated frames (red); blink below in blue."""
-    import cv2
-
-    panels = []
+    cv2, panels = opencv(), []
     for result in results:
         if result.made is None:
             continue

@@ -50,6 +50,10 @@ class EncodedClips:
         """Some of the clips."""
         return EncodedClips(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def tokens(self, patch: tuple[int, int]) -> int:
+        """Video tokens of a latent under a transformer's patch."""
+        return self.latents.shape[-2] * self.latents.shape[-1] // (patch[0] * patch[1])
+
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""
         image = self.image[clips[:, None], latents.clamp(max=self.image.shape[1] - 1)].float()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..measures.mouth_reader import (
+    APART,
     EYES_CROP,
     MOUTH_CROP,
     THUMB,
@@ -44,6 +45,7 @@ from ..measures.mouth_reader import (
 from ..measures.statistics import r_squared
 from .common import Weights, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
+from .drawn.layers import opencv
 from .speech import synthesize
 
 log = logging.getLogger(__name__)
@@ -87,24 +89,19 @@ class Recipe:
 @dataclass(frozen=True)
 class Frames:
     """K frames of one person. thumbs [K, 3, 64, 64] and faces [K, 3, h, w] uint8; truth [K, 4]: QUANTITIES;
-    spots [K, 2, 2]: mouth and eyes (x, y) in 0..1 of the thumbnail; size [K] of the face in thumbnails;
-    half [K]: half the way from eyes to mouth, in half face heights."""
+    spots [K, 2, 2]: mouth and eyes (x, y) in 0..1 of the thumbnail."""
 
     thumbs: Tensor
     faces: Tensor
     truth: Tensor
     spots: Tensor
-    size: Tensor
-    half: Tensor
 
 
 def true_place(avatar: Avatar, poses: Sequence[Pose], size: tuple[int, int]) -> Place:
     """Where the drawn face lies."""
     found = np.stack([boxes(avatar, pose, size) for pose in poses])
-    upright = np.stack([boxes(avatar, replace(pose, open=0.0, roll=0.0), size)[2] for pose in poses])
     middle = torch.from_numpy((found[..., :2] + found[..., 2:]) / 2)
-    height = torch.from_numpy(upright[:, 3] - upright[:, 1])
-    return Place(middle[:, 0], middle[:, 1], height / 2, torch.tensor([pose.roll for pose in poses]))
+    return Place(middle[:, 0], middle[:, 1])
 
 
 def prepare(video: Image, poses: Sequence[Pose], place: Place) -> Frames:
@@ -113,9 +110,8 @@ def prepare(video: Image, poses: Sequence[Pose], place: Place) -> Frames:
     thumbs, scale, offset = letterbox(frames)
     spots = (torch.stack([place.mouth, place.eyes], 1) * scale + offset + 0.5) / THUMB
     faces = cut(frames, (place.mouth + place.eyes) / 2, place.size, place.roll, _FACE)
-    half = (place.mouth - place.eyes).norm(dim=1) / place.size / 2
     truth = torch.tensor([[getattr(pose, name) for name in QUANTITIES] for pose in poses])
-    return Frames(_bytes(thumbs), _bytes(faces), truth, spots, place.size * scale.mean() / THUMB, half)
+    return Frames(_bytes(thumbs), _bytes(faces), truth, spots)
 
 
 def _bytes(frames: Tensor) -> Tensor:
@@ -142,8 +138,7 @@ def random_poses(rng: np.random.Generator, spoken: tuple[Pose, ...], count: int)
 
 def degrade(rng: np.random.Generator, video: Image) -> Image:
     """Frames [T, H, W, 3] as generators and codecs leave them: softer, coarser, noisy; many as they came."""
-    import cv2
-
+    cv2 = opencv()
     height, width = video.shape[1:3]
     out = video
     if rng.random() < 0.12:
@@ -254,11 +249,10 @@ def _tensor(values: NDArray[np.float64]) -> Tensor:
 
 def loss_of(reader: MouthReader, batch: Frames, rng: np.random.Generator) -> dict[str, Tensor]:
     """Losses of a batch [B, K, ...]: of the coarse look on two frames of a clip, of crops set aside at random."""
-    clips = len(batch.half)
-    look = Look.random(rng, clips)
-    half, faces = batch.half, batch.faces.flatten(0, 1).float()
-    mouth_offset, mouth = _jittered(rng, half, faces, look, MOUTH_CROP)
-    eye_offset, eyes = _jittered(rng, -half, faces, look, EYES_CROP)
+    clips = len(batch.truth)
+    look, faces = Look.random(rng, clips), batch.faces.float()
+    mouth_offset, mouth = _jittered(rng, faces, APART / 2, look, MOUTH_CROP)
+    eye_offset, eyes = _jittered(rng, faces, -APART / 2, look, EYES_CROP)
     truth = batch.truth.flatten(0, 1)
     read = reader.mouth.tell(reader.mouth.look(mouth), clips).float()
     seen = reader.eyes.tell(reader.eyes.look(eyes), clips).float()
@@ -273,34 +267,32 @@ def loss_of(reader: MouthReader, batch: Frames, rng: np.random.Generator) -> dic
 
 
 def _place_loss(reader: MouthReader, batch: Frames, look: Look, rng: np.random.Generator) -> Tensor:
-    """Distance of mouth and eyes in half face heights, and the size."""
-    rows = torch.arange(len(batch.half))[:, None]
-    picked = torch.from_numpy(rng.integers(batch.half.shape[1], size=(len(rows), 2)))
+    """Distance of mouth and eyes from where they are, in half face heights."""
+    rows = torch.arange(len(batch.truth))[:, None]
+    picked = torch.from_numpy(rng.integers(batch.truth.shape[1], size=(len(rows), 2)))
     thumbs = look.apply(batch.thumbs[rows, picked].float() / 127.5 - 1)
-    spots, size = batch.spots[rows, picked].clone(), batch.size[rows, picked].flatten()
+    spots = batch.spots[rows, picked].clone()
+    size = (spots[..., 0, :] - spots[..., 1, :]).norm(dim=-1).flatten() / APART
     spots[..., 0] = torch.where(look.mirrored.view(-1, 1, 1), 1 - spots[..., 0], spots[..., 0])
-    points, found = reader.locator(thumbs.flatten(0, 1))
-    offset = (points - spots.flatten(0, 1)) / size.view(-1, 1, 1)
-    return F.smooth_l1_loss(offset, torch.zeros_like(offset), beta=0.2) + 2 * (found / size).log().square().mean()
+    offset = (reader.locator(thumbs.flatten(0, 1)) - spots.flatten(0, 1)) / size.view(-1, 1, 1)
+    return F.smooth_l1_loss(offset, torch.zeros_like(offset), beta=0.2)
 
 
-def _jittered(rng: np.random.Generator, down: Tensor, faces: Tensor, look: Look, crop: Crop) -> tuple[Tensor, Tensor]:
-    """How far aside the truth lies [(B K), 2], and crops [(B K), 3, h, w] of what lies `down` [B, K] half face heights
-    under the middle of the faces [(B K), 3, H, W] (0..255).
+def _jittered(rng: np.random.Generator, faces: Tensor, down: float, look: Look, crop: Crop) -> tuple[Tensor, Tensor]:
+    """How far aside the truth lies [(B K), 2], and crops [(B K), 3, h, w] of what lies `down` half face heights under
+    the middle of the faces [B, K, 3, H, W] (0..255).
 
-    A person's size is misjudged alike in all frames; the rest errs by the frame, a lot (as the coarse look does) or a
-    little.
+    A third of the persons is misplaced a lot, as by the coarse look, the rest a little.
     """
-    clips, frames = down.shape
-    far = np.repeat(np.where(rng.random((clips, 1)) < 0.35, 1.0, 0.3), frames, axis=1)
-    wrong = rng.normal(0, 0.05, (clips, 1)) + 0.04 * far * rng.standard_normal((clips, frames))
-    size = _FACE.density * _tensor(np.exp(np.clip(wrong, -0.15, 0.15))).flatten()
-    roll = _tensor(0.05 * far * rng.standard_normal((clips, frames))).flatten()
-    offset = _tensor(np.clip(0.05 * far[..., None] * rng.standard_normal((clips, frames, 2)), -0.15, 0.15))
+    clips, frames = faces.shape[:2]
+    far = np.repeat(np.where(rng.random((clips, 1)) < 0.35, 1.0, 0.25), frames, axis=1)
+    wrong = far * (0.06 * rng.standard_normal((clips, 1)) + 0.06 * rng.standard_normal((clips, frames)))
+    size = _FACE.density * _tensor(np.exp(np.clip(wrong, -0.3, 0.3))).flatten()
+    roll = _tensor(0.06 * far * rng.standard_normal((clips, frames))).flatten()
+    offset = _tensor(np.clip(0.08 * far[..., None] * rng.standard_normal((clips, frames, 2)), -0.25, 0.25))
     offset = offset.flatten(0, 1)
-    middle = torch.tensor([(_FACE.columns - 1) / 2, (_FACE.rows - 1) / 2])
-    true = middle + torch.stack([torch.zeros_like(size), down.flatten() * _FACE.density], 1)
-    crops = cut(faces, true - turned(offset, size, roll), size, roll, crop) / 127.5 - 1
+    true = torch.tensor([(_FACE.columns - 1) / 2, (_FACE.rows - 1) / 2 + down * _FACE.density])
+    crops = cut(faces.flatten(0, 1), true - turned(offset, size, roll), size, roll, crop) / 127.5 - 1
     crops = look.apply(crops.unflatten(0, (clips, -1))).flatten(0, 1)
     sign = torch.ones(clips, frames, 2)
     sign[look.mirrored, :, 0] = -1

@@ -24,7 +24,7 @@ from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Condition, Rollout
-from .clips import read_clip
+from .clips import clip_path, read_clip
 from .encoded import EncodedClips, as_video
 
 _PATCH = 10
@@ -41,22 +41,38 @@ class Preview:
     geometry: Geometry
 
 
+def choose(held_out: EncodedClips, folder: Path, autoencoder: LightAutoencoder, patch: tuple[int, int]) -> Preview:
+    """The first three of the clips, whose files lie in the folder."""
+    clips = held_out.select(slice(0, 3))
+    height, width = (cells * autoencoder.spatial for cells in clips.latents.shape[-2:])
+    geometry = Geometry(width, height, spatial=autoencoder.spatial, patch=patch)
+    return Preview(tuple(clip_path(folder, int(seed)) for seed in clips.seed), clips, autoencoder, geometry)
+
+
+def condition(model: JoyAvatarDiT, clips: EncodedClips, clip: int, geometry: Geometry) -> Condition:
+    """What a rollout of one of the clips has of its picture."""
+    indices = torch.arange(clips.latents.shape[1])[None]
+    channels = clips.image_channels(torch.tensor([clip]), indices, geometry.temporal)
+    image = reference_tokens(channels[:, geometry.temporal :, 0], model.config.patch)
+    dtype = next(model.parameters()).dtype
+    return Condition(model.condition(image=image.to(dtype)), ImageChannels(channels))
+
+
+def sound(clips: EncodedClips, clip: int, geometry: Geometry) -> dict[int, AudioTokens]:
+    """What a rollout of one of the clips has of its sound, by block."""
+    blocks = clips.latents.shape[1] // geometry.block_latents
+    tokens = clips.audio[clip].float().split(geometry.block_latents)[:blocks]
+    return {block: AudioTokens(t, torch.ones(t.shape[:2], dtype=torch.bool)) for block, t in enumerate(tokens)}
+
+
 @torch.no_grad()  # not inference_mode: RoPE tables are kept, and training uses them too
 def roll_out(model: JoyAvatarDiT, policy: RolloutPolicy, show: Preview, clip: int, seed: int = 0) -> Tensor:
     """Latents [1, C, F, h, w] of a whole clip, from its first picture and its sound, by the engine's own rollout."""
-    dtype = next(model.parameters()).dtype
-    indices = torch.arange(show.clips.latents.shape[1])[None]
-    channels = show.clips.image_channels(torch.tensor([clip]), indices, show.geometry.temporal)
-    image = reference_tokens(channels[:, show.geometry.temporal :, 0], model.config.patch)
-    condition = Condition(model.condition(image=image.to(dtype)), ImageChannels(channels))
-    rollout = Rollout(model, policy, show.geometry, condition, seed, torch.device("cpu"), dtype)
+    seen, dtype = condition(model, show.clips, clip, show.geometry), next(model.parameters()).dtype
+    rollout = Rollout(model, policy, show.geometry, seen, seed, torch.device("cpu"), dtype)
     state = rollout.start()
-    blocks = indices.shape[1] // policy.block_latents
-    for block in range(blocks):
-        latents = show.geometry.latents_of_block(block)
-        tokens = show.clips.audio[clip, latents.start : latents.stop].float()
-        state.audio[block] = AudioTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
-    return torch.cat([block.latents for block in rollout.run(state, blocks)], dim=2)
+    state.audio = sound(show.clips, clip, show.geometry)
+    return torch.cat([block.latents for block in rollout.run(state, len(state.audio))], dim=2)
 
 
 @torch.inference_mode()

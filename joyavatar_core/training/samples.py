@@ -44,7 +44,18 @@ class Spoken:
     sentences: tuple[str, ...]
 
 
-PICTURES: dict[str, Picture] = {}
+PICTURES = {
+    "demo": Picture(910_000_031),
+    "braids": Picture(910_000_044),
+    "cat": Picture(910_000_010),
+    "glasses": Picture(910_000_019),
+    "hat": Picture(910_000_057),
+    "rabbit": Picture(910_000_038),
+    "robot": Picture(910_000_002),
+    "silver": Picture(910_000_039),
+    "tall": Picture(910_000_020, (640, 384)),
+    "wide": Picture(910_000_046, (384, 640)),
+}
 _HELLO_EN = (
     "Hello! I am a drawing, and I can talk.",
     "Give me a picture and a voice, and I will move my lips, blink, and nod my head.",

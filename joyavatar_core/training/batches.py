@@ -1,0 +1,138 @@
+"""Batches of training sequences, the model's forward on them, and the weighted error of what it says.
+
+Shape legend: B batch, N clips, C latent channels, F latent frames of a sequence, h w latent size, P tokens of a
+latent, W audio tokens of a latent.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..conditioning import reference_tokens
+from ..model import JoyAvatarDiT
+from .encoded import EncodedClips
+from .sequences import Layout, Mixture, sample_latents, sample_levels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one layout, latent frames `frames` [B, F] of the clips `clips` [B].
+
+    x0, noise [B, C, F, h, w]; channels: mask and image channels, the same but for C; image: reference tokens
+    [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F].
+    """
+
+    layout: Layout
+    clips: Tensor
+    frames: Tensor
+    x0: Tensor
+    noise: Tensor
+    channels: Tensor
+    image: Tensor
+    audio: Tensor
+    mouth: Tensor
+    eyes: Tensor
+    timesteps: Tensor
+
+
+def make_batch(
+    data: EncodedClips, layout: Layout, clips: Tensor, patch: tuple[int, int], mixture: Mixture, seed: int
+) -> Batch:
+    """The sequences of a layout cut from the given clips [B]; the seed decides the cuts, levels and noise."""
+    random_, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    blocks = data.latents.shape[1] // layout.policy.block_latents
+    frames = torch.tensor([sample_latents(random_, layout, blocks, mixture.gap) for _ in clips])  # [B, F]
+    rows = clips[:, None]
+    x0 = data.latents[rows, frames].float().transpose(1, 2)
+    return Batch(
+        layout=layout,
+        clips=clips,
+        frames=frames,
+        x0=x0,
+        noise=torch.randn(x0.shape, generator=generator),
+        channels=data.image_channels(clips, frames, 4),
+        image=reference_tokens(data.image[clips, 0].float(), patch),
+        audio=data.audio[rows, frames].float(),
+        mouth=data.mouth[rows, frames].float(),
+        eyes=data.eyes[rows, frames].float(),
+        timesteps=sample_levels(generator, layout, len(clips), mixture),
+    )
+
+
+def draw_clips(random_: random.Random, layout: Layout, count: int, tokens: int, each: int) -> Tensor:
+    """Which of `count` clips make a batch of about `tokens` video tokens, `each` in a latent: [B]."""
+    batch = max(1, round(tokens / (layout.latents * each)))
+    return torch.tensor([random_.randrange(count) for _ in range(batch)])
+
+
+def predict(model: JoyAvatarDiT, batch: Batch) -> Tensor:
+    """Velocity of every latent of the batch, [B, C, F, h, w] float32."""
+    dtype = next(model.parameters()).dtype
+    tokens = batch.image.shape[1]
+    x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
+    condition = model.condition(image=batch.image.to(dtype))
+    audio = model.audio(batch.audio.to(dtype))
+    x = torch.cat([x_t, batch.channels], dim=1)
+    mask = batch.layout.mask(tokens)
+    return model(x, batch.timesteps, batch.layout.positions(), condition, audio, None, mask)[0]
+
+
+def squared_error(batch: Batch, v: Tensor) -> Tensor:
+    """Squared error of the velocity, mean over channels: [B, F, h, w]."""
+    return (v - flow.velocity(batch.x0, batch.noise)).square().mean(dim=1)
+
+
+def x0_error(batch: Batch, v: Tensor) -> Tensor:
+    """Squared error of the clean latents that the velocity implies, mean over channels: [B, F, h, w]."""
+    x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
+    return (flow.to_x0(x_t, v, batch.timesteps) - batch.x0).square().mean(dim=1)
+
+
+def loss_weights(batch: Batch, mouth: float, eyes: float, past: float) -> Tensor:
+    """Weights of the cells, [B, F, h, w]: of mouth, eyes and finished blocks as given, 1 elsewhere.
+
+    The motion frame has no part in a loss.
+    """
+    cells = 1 + (mouth - 1) * batch.mouth + (eyes - 1) * batch.eyes
+    latent = torch.ones(batch.layout.latents)
+    latent[: batch.layout.lead] = past
+    latent[batch.layout.lead - batch.layout.motion : batch.layout.lead] = 0
+    return cells * latent[:, None, None]
+
+
+def weighted_mean(error: Tensor, weights: Tensor) -> Tensor:
+    """Mean of an error under weights of its shape."""
+    return (weights * error).sum() / weights.sum()
+
+
+# Measuring
+
+
+def measured_batch(clips: EncodedClips, layout: Layout, patch: tuple[int, int], mixture: Mixture) -> Batch:
+    """All the clips under a layout, always the same: levels as at inference, the past right before the window."""
+    exact = replace(mixture, exact=1.0, clean_motion=0.0, sink_late=1.0, gap=0.0)
+    return make_batch(clips, layout, torch.arange(len(clips)), patch, exact, seed=1)
+
+
+def by_level(model: JoyAvatarDiT, batch: Batch, error: Callable[[Batch, Tensor], Tensor]) -> dict[str, float]:
+    """`error` of the window's blocks by level (index before the warp): all cells, and the mouth alone.
+
+    `deaf_1000` is the mouth's error with another clip's sound: as long as it equals `mouth_1000` the model does not
+    listen.
+    """
+    deaf = replace(batch, audio=batch.audio.roll(1, 0))
+    here, there = error(batch, predict(model, batch)), error(deaf, predict(model, deaf))
+    n, scores = batch.layout.policy.block_latents, {}
+    for i, timestep in enumerate(batch.layout.timesteps):
+        block = slice(batch.layout.lead + i * n, batch.layout.lead + (i + 1) * n)
+        mouth = batch.mouth[:, block]
+        scores[f"all_{timestep:.0f}"] = float(here[:, block].mean())
+        scores[f"mouth_{timestep:.0f}"] = float(weighted_mean(here[:, block], mouth))
+        scores[f"deaf_{timestep:.0f}"] = float(weighted_mean(there[:, block], mouth))
+    return {name: round(value, 4) for name, value in scores.items()}

@@ -1,0 +1,273 @@
+"""What the trainings of the transformer share: the recipe, the weights and their files, one step, and the loop.
+
+A training says what a batch is, what its losses are and what is measured: `flow_matching`, `ode_regression`. In its
+folder: transformer.safetensors (averaged weights, bfloat16, ready to use), train.pt (what --resume reads),
+curve.jsonl and preview.png (true above generated).
+
+Shape legend: B batch, F latent frames of a sequence, h w latent size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..model import JoyAvatarDiT
+from ..policy import RolloutPolicy
+from . import preview
+from .batches import Batch
+from .common import Muon, Weights, rate_scale, record, write_whole
+from .sequences import Mixture
+
+log = logging.getLogger(__name__)
+
+_LONGEST_STEP = 60.0  # seconds; a longer one means that the process was stopped, which shall not eat the budget
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a training, beside the machine.
+
+    tokens: video tokens in a batch, whatever the length of its sequences. mouth, eyes: weight of the loss there,
+    1 elsewhere. past: weight of the loss on finished blocks. average: decay of the averaged weights.
+    held_out: clips kept for measuring.
+    """
+
+    policy: str = "joyavatar-flash"
+    seed: int = 0
+    minutes: float = 70.0
+    tokens: int = 3072
+    optimiser: str = "muon"
+    learning_rate: float = 2e-3
+    warmup_steps: int = 60
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    average: float = 0.998
+    mouth: float = 6.0
+    eyes: float = 2.0
+    past: float = 0.2
+    held_out: int = 12
+    mixture: Mixture = field(default_factory=Mixture)
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in ("muon", "adamw"):
+            raise ValueError(f"optimiser {self.optimiser!r} is not known: use muon or adamw")
+        for name, value in (("minutes", self.minutes), ("tokens", self.tokens), ("held_out", self.held_out)):
+            if value <= 0:
+                raise ValueError(f"{name} {value} must be positive")
+
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every training takes; those named as fields of its recipe go there."""
+    parser.add_argument("--autoencoder", type=Path, required=True, help="autoencoder.safetensors")
+    parser.add_argument("--clips", type=Path, required=True, help="folder of training.clips")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--optimiser", choices=("muon", "adamw"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true")
+
+
+def parse(parser: argparse.ArgumentParser, kind: type[RecipeT], arguments: Sequence[str] | None) -> tuple[Any, RecipeT]:
+    """The options, and the recipe they make; threads and logging are set."""
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    return options, kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+
+
+# Model
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Xavier matrices, small embeddings, a head that starts at zero, gates that start near zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith("modulation"):
+            nn.init.normal_(p, std=0.02, generator=generator)
+        elif name.startswith(("head.head", "time_projection")) or name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif p.dim() >= 2:
+            nn.init.xavier_uniform_(p.flatten(1), generator=generator)
+
+
+def make_optimisers(recipe: Recipe, weights: Weights) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks and AdamW for all else, or AdamW alone."""
+    rate = recipe.learning_rate
+    in_blocks = [n for n, p in weights.master.items() if n.startswith("blocks.") and p.dim() == 2]
+    names = in_blocks if recipe.optimiser == "muon" else []
+    matrices = [weights.master[n] for n in names]
+    rest = [p for n, p in weights.master.items() if n not in names]
+    adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    return [adam, Muon(matrices, lr=rate, weight_decay=recipe.weight_decay)] if matrices else [adam]
+
+
+def save_transformer(path: Path, model: JoyAvatarDiT, recipe: Recipe, notes: dict[str, Any]) -> None:
+    """Weights with all that is needed to use them and to know where they come from, as JSON in the metadata."""
+    metadata = {
+        "model_config": checkpoint.config_to_json(model.config),
+        "policy": recipe.policy,
+        "recipe": checkpoint.config_to_json(recipe),
+        "notes": json.dumps(notes),
+    }
+    checkpoint.write(path, model.state_dict(), metadata)
+
+
+# Training
+
+
+@dataclass(kw_only=True)
+class Training(ABC, Generic[RecipeT]):
+    """All that changes while training, and what it works on. spent: seconds over all sessions; steps likewise."""
+
+    recipe: RecipeT
+    out: Path
+    model: JoyAvatarDiT
+    weights: Weights
+    optimisers: list[torch.optim.Optimizer]
+    policy: RolloutPolicy
+    spent: float = 0.0
+    steps: int = 0
+
+    @abstractmethod
+    def batch(self) -> Batch:
+        """The batch of the next step: a function of the seed and the step."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """What is to become small."""
+
+    @abstractmethod
+    def measure(self) -> dict[str, float]:
+        """Figures on held-out people."""
+
+    @abstractmethod
+    def clips(self) -> int:
+        """How many clips it learns from."""
+
+    @property
+    def progress(self) -> float:
+        return min(1.0, self.spent / (60 * self.recipe.minutes))
+
+    def averaged(self) -> JoyAvatarDiT:
+        """The model with the averaged weights, to be used and thrown away."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        model.load_state_dict({**model.state_dict(), **self.weights.average})
+        return model
+
+
+def train_step(state: Training) -> dict[str, float]:
+    """One batch: forward, backward, update. A gradient that is not finite is thrown away."""
+    recipe, batch = state.recipe, state.batch()
+    loss = state.loss(batch)
+    loss.backward()
+    norm = state.weights.collect()
+    scale = rate_scale(state.steps, recipe.warmup_steps, state.progress)
+    if norm < float("inf"):
+        state.weights.clip(norm, recipe.clip_norm)
+        for optimiser in state.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.learning_rate * scale
+            optimiser.step()
+        state.weights.publish(state.steps)
+    state.steps += 1
+    return {"loss": loss.item(), "norm": norm, "tokens": float(batch.x0.shape[0] * batch.layout.latents)}
+
+
+def save(state: Training) -> None:
+    """train.pt and transformer.safetensors, each whole or not at all."""
+    content = {
+        "steps": state.steps,
+        "spent": state.spent,
+        "weights": state.weights.state(),
+        "optimisers": [o.state_dict() for o in state.optimisers],
+    }
+    write_whole(state.out / "train.pt", lambda path: torch.save(content, path))
+    notes = {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": state.clips()}
+    save_transformer(state.out / "transformer.safetensors", state.averaged(), state.recipe, notes)
+
+
+def resume(state: Training) -> None:
+    """Go on from train.pt. ValueError when there is none."""
+    path = state.out / "train.pt"
+    if not path.exists():
+        raise ValueError(f"nothing to resume in {state.out}: start without --resume")
+    content = torch.load(path, weights_only=True)
+    state.steps, state.spent = content["steps"], content["spent"]
+    state.weights.load(content["weights"])
+    for optimiser, saved in zip(state.optimisers, content["optimisers"], strict=True):
+        optimiser.load_state_dict(saved)
+    log.info("resumed at step %d, %.1f minutes spent", state.steps, state.spent / 60)
+
+
+@dataclass
+class Clock:
+    """Says when something is due, in seconds spent."""
+
+    every: float
+    last: float = 0.0
+
+    def due(self, now: float) -> bool:
+        if now - self.last < self.every:
+            return False
+        self.last = now
+        return True
+
+
+def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], log_steps: int = 20) -> None:
+    """Train until the budget is spent. Saving and measuring count as time spent; `refresh` follows every measuring."""
+    saving, measuring, showing = Clock(150, state.spent), Clock(200, state.spent), Clock(600, state.spent)
+    last, since, sums = time.monotonic(), state.spent, dict.fromkeys(("loss", "norm", "tokens"), 0.0)
+    while state.progress < 1:
+        figures = train_step(state)
+        sums = {name: total + figures[name] for name, total in sums.items()}
+        if state.steps % log_steps == 0:
+            line = {"loss": round(sums["loss"] / log_steps, 4), "norm": round(sums["norm"] / log_steps, 3)}
+            rate = round(sums["tokens"] / max(1e-9, state.spent - since), 1)
+            record(state.out / "curve.jsonl", {**_where(state), **line, "latents_s": rate})
+            since, sums = state.spent, dict.fromkeys(sums, 0.0)
+        if measuring.due(state.spent):
+            record(state.out / "curve.jsonl", {**_where(state), **state.measure()})
+            refresh()
+        if saving.due(state.spent):
+            save(state)
+        if showing.due(state.spent):
+            show_preview(state, show)
+        now = time.monotonic()
+        state.spent, last = state.spent + min(now - last, _LONGEST_STEP), now
+
+
+def finish(state: Training, show: preview.Preview) -> None:
+    """Save, measure and show what was learnt."""
+    save(state)
+    record(state.out / "curve.jsonl", {**_where(state), **state.measure()})
+    show_preview(state, show)
+
+
+def show_preview(state: Training, show: preview.Preview) -> None:
+    """A real rollout of held-out people into preview.png, and how well its mouths follow the sound."""
+    figures = preview.write_preview(state.out / "preview.png", state.averaged(), state.policy, show)
+    record(state.out / "curve.jsonl", {**_where(state), **figures})
+
+
+def _where(state: Training) -> dict[str, object]:
+    return {"step": state.steps, "minutes": round(state.spent / 60, 2)}

@@ -114,13 +114,13 @@ def regression_loss(batch: Batch, v: Tensor, recipe: trainer.Recipe) -> Tensor:
     return weighted_mean(x0_error(batch, v), loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past))
 
 
-def begin(recipe: Recipe, out: Path, teacher: Path, data: tuple[EncodedClips, ...], store: PairStore) -> Training:
+def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], store: PairStore) -> Training:
     """A student at step 0, with the teacher's weights; the pairs of all clips must be there.
 
     What the teacher hears, its audio projector, stays as it is.
     """
     data, held_out = hold_out(data, recipe.held_out)
-    model = load_model(teacher, attention=attend).bfloat16()
+    model = load_model(store.teacher, attention=attend).bfloat16()
     model.proj_model.requires_grad_(False)
     weights = Weights(model, recipe.average)
     return Training(
@@ -150,16 +150,19 @@ def make_pairs(store: PairStore, data: tuple[EncodedClips, ...], spatial: int) -
 def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, teacher: Path, again: bool = False) -> None:
     """Make the pairs that are missing, then train for recipe.minutes of wall-clock time (all sessions together).
 
-    The policy is the teacher's.
+    The policy is the teacher's. ValueError when there are fewer clips than pairs wanted.
     """
     out.mkdir(parents=True, exist_ok=True)
+    paths = list_clips(clips)
+    if len(paths) < recipe.pairs:
+        raise ValueError(f"{recipe.pairs} pairs need as many clips, {clips} has {len(paths)}: draw more or take fewer")
     recipe = replace(recipe, policy=checkpoint.read(teacher)[1].get("policy", recipe.policy))
     decoder, patch = load_light_autoencoder(autoencoder), load_model(teacher).config.patch
-    latents = LatentStore(list_clips(clips)[: recipe.pairs], clips, autoencoder, patch)
+    latents = LatentStore(paths[: recipe.pairs], clips, autoencoder, patch)
     latents.encode()
     data, store = latents.load(), PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps)
     make_pairs(store, data, decoder.spatial)
-    state = begin(recipe, out, teacher, data, store)
+    state = begin(recipe, out, data, store)
     if again:
         trainer.resume(state)
     else:

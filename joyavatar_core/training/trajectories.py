@@ -208,7 +208,7 @@ class PairStore:
             if path.exists():
                 continue
             made = trace(model, self.policy, self.ode_steps, clips, clip, geometry, seed)
-            facts = {"teacher": teacher, "seed": seed, "levels": levels(self.policy), "ode_steps": self.ode_steps}
+            facts = {"teacher": teacher, "seed": seed, "levels": list(levels(self.policy)), "ode_steps": self.ode_steps}
             tensors = {"states": made.states.half(), "end": made.end.half()}
             checkpoint.write(path, tensors, {name: str(value) for name, value in facts.items()})
             if clip % 10 == 9:
@@ -218,7 +218,9 @@ class PairStore:
         """The pairs of clips that all have one. OSError names the first that has none."""
         paths = tuple(clip_path(self.home, seed) for seed in clips.seed.tolist())
         ends = []
-        for path in paths:
+        for seed, path in zip(clips.seed.tolist(), paths, strict=True):
+            if not path.exists():
+                raise OSError(f"no trajectory of clip {seed} in {self.home}: make the pairs first")
             with safe_open(path, "pt") as file:
                 ends.append(file.get_tensor("end"))
         return Pairs(replace(clips, latents=torch.stack(ends)), paths, self.policy)

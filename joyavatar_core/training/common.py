@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
+
 log = logging.getLogger(__name__)
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: quick to about one, never exactly
@@ -53,11 +55,12 @@ class Weights:
         self.average = {n: p.detach().clone() for n, p in self.master.items()}
 
     def collect(self) -> float:
-        """Move the model's gradients to the masters; their norm."""
+        """Move the model's gradients, averaged over the processes, to the masters; their norm."""
         for name, own in self.model.named_parameters():
             self.master[name].grad = None if own.grad is None else own.grad.float()
             own.grad = None
         grads = [p.grad for p in self.master.values() if p.grad is not None]
+        parallel.average(grads)
         return float(torch.stack([g.norm() for g in grads]).norm())
 
     def clip(self, norm: float, limit: float) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -118,6 +119,8 @@ class LatentStore:
 
 
 def _work(store: LatentStore) -> None:
+    if hasattr(os, "nice"):
+        os.nice(10)  # what is trained on comes first
     torch.set_num_threads(1)
     store.encode()
 

@@ -16,8 +16,8 @@ latent, W audio tokens of a latent.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..config import MODELS
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..policy import policy as policy_named
-from . import preview, trainer
+from . import parallel, preview, trainer
 from .batches import (
     Batch,
     by_level,
@@ -71,12 +71,12 @@ class Training(trainer.Training[Recipe]):
 
     def batch(self) -> Batch:
         """Sequences of one layout and one size."""
-        random_ = random.Random(f"{self.recipe.seed} {self.steps}")
-        layout = sample_layout(random_, self.policy, self.recipe.mixture)
-        (data,) = random_.choices(self.data, [len(part) for part in self.data])
+        common, own = self.draws()
+        layout = sample_layout(common, self.policy, self.recipe.mixture)
+        (data,) = common.choices(self.data, [len(part) for part in self.data])
         patch = self.model.config.patch
-        clips = draw_clips(random_, layout, len(data), self.recipe.tokens, data.tokens(patch))
-        return make_batch(data, layout, clips, patch, self.recipe.mixture, random_.randrange(2**31))
+        clips = draw_clips(own, layout, len(data), self.tokens, data.tokens(patch))
+        return make_batch(data, layout, clips, patch, self.recipe.mixture, own.randrange(2**31))
 
     def loss(self, batch: Batch) -> Tensor:
         """Of the velocity."""
@@ -154,12 +154,14 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     decoder, patch = load_light_autoencoder(autoencoder), MODELS[recipe.model].patch
     store = LatentStore(list_clips(clips), clips, autoencoder, patch)
-    store.encode(recipe.held_out + recipe.first_clips)
+    if not parallel.rank():
+        store.encode(recipe.held_out + recipe.first_clips)
+    parallel.wait()
     state = begin(recipe, out, store.load(), projector)
     if again:
         trainer.resume(state)
     show = preview.choose(state.held_out, clips, decoder, patch)
-    with store.worker():
+    with contextlib.nullcontext() if parallel.rank() else store.worker():
         trainer.loop(state, show, lambda: grow(state, store))
     trainer.finish(state, show)
 

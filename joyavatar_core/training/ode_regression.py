@@ -14,7 +14,6 @@ Shape legend: B batch, C latent channels, F latent frames of a sequence, h w lat
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,12 +78,12 @@ class Training(trainer.Training[Recipe]):
 
     def batch(self) -> Batch:
         """Sequences of one layout and one size, on the trajectories or, now and then, as in flow matching."""
-        random_, mixture = random.Random(f"{self.recipe.seed} {self.steps}"), self.recipe.mixture
-        truth = random_.random() < self.recipe.flow_share
-        layout, patch = sample_layout(random_, self.policy, mixture), self.model.config.patch
-        (part,) = random_.choices(range(len(self.data)), [len(data) for data in self.data])
-        data, pairs, seed = self.data[part], self.pairs[part], random_.randrange(2**31)
-        clips = draw_clips(random_, layout, len(data), self.recipe.tokens, data.tokens(patch))
+        (common, own), mixture = self.draws(), self.recipe.mixture
+        truth = common.random() < self.recipe.flow_share
+        layout, patch = sample_layout(common, self.policy, mixture), self.model.config.patch
+        (part,) = common.choices(range(len(self.data)), [len(data) for data in self.data])
+        data, pairs, seed = self.data[part], self.pairs[part], own.randrange(2**31)
+        clips = draw_clips(own, layout, len(data), self.tokens, data.tokens(patch))
         if truth:
             return make_batch(data, layout, clips, patch, mixture, seed)
         return pairs.on_trajectory(make_batch(pairs.clips, layout, clips, patch, replace(mixture, exact=1.0), seed))

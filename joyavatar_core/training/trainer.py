@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import logging
+import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
-from . import preview
+from . import parallel, preview
 from .batches import Batch
 from .common import Muon, Weights, rate_scale, record, write_whole
 from .sequences import Mixture
@@ -90,7 +91,8 @@ def parse(parser: argparse.ArgumentParser, kind: type[RecipeT], arguments: Seque
     """The options, and the recipe they make; threads and logging are set."""
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
+    parallel.join()
+    torch.set_num_threads(max(1, options.threads // parallel.world()))
     given = {name: value for name, value in vars(options).items() if value is not None}
     return options, kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
 
@@ -150,7 +152,7 @@ class Training(ABC, Generic[RecipeT]):
 
     @abstractmethod
     def batch(self) -> Batch:
-        """The batch of the next step: a function of the seed and the step."""
+        """The batch of the next step: a function of the seed, the step and the process."""
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
@@ -163,6 +165,16 @@ class Training(ABC, Generic[RecipeT]):
     @abstractmethod
     def clips(self) -> int:
         """How many clips it learns from."""
+
+    def draws(self) -> tuple[random.Random, random.Random]:
+        """What decides the next batch: draws common to all processes, so that their work is alike, and our own."""
+        place = f"{self.recipe.seed} {self.steps}"
+        return random.Random(place), random.Random(f"{place} {parallel.rank()}")
+
+    @property
+    def tokens(self) -> int:
+        """Video tokens of this process's share of a batch."""
+        return self.recipe.tokens // parallel.world()
 
     @property
     def progress(self) -> float:
@@ -190,7 +202,8 @@ def train_step(state: Training) -> dict[str, float]:
             optimiser.step()
         state.weights.publish(state.steps)
     state.steps += 1
-    return {"loss": loss.item(), "norm": norm, "tokens": float(batch.x0.shape[0] * batch.layout.latents)}
+    latents = batch.x0.shape[0] * batch.layout.latents * parallel.world()
+    return {"loss": loss.item(), "norm": norm, "latents": float(latents)}
 
 
 def save(state: Training) -> None:
@@ -234,33 +247,39 @@ class Clock:
 
 
 def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], log_steps: int = 20) -> None:
-    """Train until the budget is spent. Saving and measuring count as time spent; `refresh` follows every measuring."""
-    saving, measuring, showing = Clock(150, state.spent), Clock(200, state.spent), Clock(600, state.spent)
-    last, since, sums = time.monotonic(), state.spent, dict.fromkeys(("loss", "norm", "tokens"), 0.0)
+    """Train until the budget is spent. Saving and measuring count as time spent; `refresh` comes before measuring."""
+    saving, measuring, showing = Clock(150, state.spent), Clock(300, state.spent), Clock(600, state.spent)
+    last, since, sums = time.monotonic(), state.spent, dict.fromkeys(("loss", "norm", "latents"), 0.0)
     while state.progress < 1:
         figures = train_step(state)
         sums = {name: total + figures[name] for name, total in sums.items()}
-        if state.steps % log_steps == 0:
+        if state.steps % log_steps == 0 and not parallel.rank():
             line = {"loss": round(sums["loss"] / log_steps, 4), "norm": round(sums["norm"] / log_steps, 3)}
-            rate = round(sums["tokens"] / max(1e-9, state.spent - since), 1)
+            rate = round(sums["latents"] / max(1e-9, state.spent - since), 1)
             record(state.out / "curve.jsonl", {**_where(state), **line, "latents_s": rate})
             since, sums = state.spent, dict.fromkeys(sums, 0.0)
-        if measuring.due(state.spent):
-            record(state.out / "curve.jsonl", {**_where(state), **state.measure()})
+        measure, write, draw = (clock.due(state.spent) for clock in (measuring, saving, showing))
+        if measure:
             refresh()
-        if saving.due(state.spent):
-            save(state)
-        if showing.due(state.spent):
-            show_preview(state, show)
+        if not parallel.rank():
+            _look(state, show, measure, write, draw)
         now = time.monotonic()
-        state.spent, last = state.spent + min(now - last, _LONGEST_STEP), now
+        state.spent, last = parallel.agreed(state.spent + min(now - last, _LONGEST_STEP)), now
+
+
+def _look(state: Training, show: preview.Preview, measure: bool, write: bool, draw: bool) -> None:
+    if measure:
+        record(state.out / "curve.jsonl", {**_where(state), **state.measure()})
+    if write:
+        save(state)
+    if draw:
+        show_preview(state, show)
 
 
 def finish(state: Training, show: preview.Preview) -> None:
     """Save, measure and show what was learnt."""
-    save(state)
-    record(state.out / "curve.jsonl", {**_where(state), **state.measure()})
-    show_preview(state, show)
+    if not parallel.rank():
+        _look(state, show, measure=True, write=True, draw=True)
 
 
 def show_preview(state: Training, show: preview.Preview) -> None:

@@ -1,6 +1,10 @@
 """Trains the light autoencoder on drawn clips, on a CPU, within a budget of wall-clock time.
 
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
+    python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --decoder-of FILE --learning-rate 4e-4
+
+The second command goes on with the decoder alone: the latents, and with them every transformer trained on them, stay
+what they are.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
@@ -34,6 +38,7 @@ from torch import Tensor, nn
 from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
+from ..avatar import load_light_autoencoder
 from .babble import babble
 from .common import Muon, rate_scale, record
 from .drawn import Avatar, Image, motion, photo_like, render, texture
@@ -315,7 +320,8 @@ def _principal_latents(model: LightAutoencoder, videos: list[Tensor]) -> None:
 def matrices(model: LightAutoencoder) -> dict[str, nn.Parameter]:
     """Views of the inner convolutions as matrices [out, (ky kx in)], by parameter name: what Muon updates."""
     outer = {"encoder.0.weight", f"decoder.{len(model.decoder) - 1}.weight"}
-    inner = {name: p for name, p in model.named_parameters() if p.ndim == 4 and name not in outer}
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inner = {name: p for name, p in learns.items() if p.ndim == 4 and name not in outer}
     return {name: nn.Parameter(_as_matrix(p.detach())) for name, p in inner.items()}
 
 
@@ -323,6 +329,13 @@ def _as_matrix(weight: Tensor) -> Tensor:
     matrix = weight.permute(0, 2, 3, 1).flatten(1)
     assert matrix.data_ptr() == weight.data_ptr(), "the weights must be in channels_last, or a copy would be trained"
     return matrix
+
+
+def decoder_alone(source: Path) -> tuple[LightAutoencoder, LightAutoencoder]:
+    """Two copies of a finished autoencoder, the first with an encoder that does not learn."""
+    model, average = (load_light_autoencoder(source).float() for _ in range(2))
+    model.encoder.requires_grad_(False)
+    return model, average
 
 
 def latent_statistics(latents: list[Tensor]) -> Statistics:
@@ -367,6 +380,12 @@ class _Training:
     steps: int = 0
     session_steps: int = 0
     figures: dict[str, float] | None = None
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """Of the latents, where they are settled: the decoder alone is trained."""
+        config = self.average.config
+        return (config.latent_mean, config.latent_std) if config.latent_mean else None
 
     @property
     def progress(self) -> float:
@@ -462,18 +481,21 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
     both = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     both |= {f"average.{k}": v for k, v in state.average.state_dict().items()}
     checkpoint.write(state.out / "train.safetensors", both, _strings(notes))
-    config = replace(state.average.config, latent_mean=statistics[0], latent_std=statistics[1])
+    mean, deviation = state.statistics or statistics
+    config = replace(state.average.config, latent_mean=mean, latent_std=deviation)
     save_model(state.out / "autoencoder.safetensors", state.average, config, notes)
 
 
-def _begin(recipe: Recipe, out: Path, first: list[Tensor]) -> _Training:
-    model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
+def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None) -> _Training:
+    fresh = (LightAutoencoder(AUTOENCODERS[recipe.model]), LightAutoencoder(AUTOENCODERS[recipe.model]))
+    model, average = decoder_alone(source) if source else fresh
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]
-    initialise(model, first, recipe.seed)
-    average.load_state_dict(model.state_dict())
+    if not source:
+        initialise(model, first, recipe.seed)
+        average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
     views = matrices(model)
-    rest = [p for name, p in model.named_parameters() if name not in views]
+    rest = [p for name, p in model.named_parameters() if name not in views and p.requires_grad]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     muon = Muon(views.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return _Training(recipe, out, model, average, (adam, muon), views)
@@ -564,16 +586,17 @@ def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[
     return {**figures, "frames": float(frames.shape[0] * frames.shape[1]), "seconds": time.monotonic() - begun}
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, float]:
+def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
+    With a finished autoencoder as `source`, its decoder alone is trained further.
     Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     with _worker(recipe, recipe.seed + int(time.time() if resume else 0)) as queue:
         first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
-        state = _begin(recipe, out, first)
+        state = _begin(recipe, out, first, source)
         if resume:
             _resume(state)
         _loop(state, queue, samples)
@@ -593,12 +616,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=Recipe.size)
     parser.add_argument("--crop", type=int, default=Recipe.crop)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--decoder-of", type=Path, help="autoencoder.safetensors whose decoder learns on")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
-    recipe = Recipe(seed=args.seed, minutes=args.minutes, size=args.size, crop=args.crop)
-    train(recipe, args.out, args.resume)
+    rate = args.learning_rate
+    recipe = Recipe(seed=args.seed, minutes=args.minutes, size=args.size, crop=args.crop, learning_rate=rate)
+    train(recipe, args.out, args.resume, args.decoder_of)
 
 
 if __name__ == "__main__":

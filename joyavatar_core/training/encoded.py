@@ -10,6 +10,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -54,6 +55,23 @@ class EncodedClips:
     def tokens(self, patch: tuple[int, int]) -> int:
         """Video tokens of a latent under a transformer's patch."""
         return self.latents.shape[-2] * self.latents.shape[-1] // (patch[0] * patch[1])
+
+    def close_ups(self, clips: Tensor, cells: int, patch: tuple[int, int], random_: random.Random) -> EncodedClips:
+        """The given clips [B] cut to squares of latent cells about the mouth: fewer tokens, most of them face."""
+        parts = [self._close_up(int(clip), cells, patch, random_) for clip in clips]
+        return EncodedClips(**{name: torch.stack([part[name] for part in parts]) for name in parts[0]})
+
+    def _close_up(self, clip: int, cells: int, patch: tuple[int, int], random_: random.Random) -> checkpoint.Tensors:
+        share = self.mouth[clip].float().mean(0)
+        corner = []
+        for axis, size in enumerate(share.shape):
+            across = share.sum(1 - axis)
+            centre = float((across * torch.arange(size)).sum() / across.sum().clamp(min=1e-6))
+            wanted = random_.gauss(centre - cells / 2, cells / 8)
+            corner.append(min(max(0, round(wanted / patch[axis])), (size - cells) // patch[axis]) * patch[axis])
+        y, x = (slice(start, start + cells) for start in corner)
+        pieces = {name: getattr(self, name)[clip][..., y, x] for name in ("latents", "image", "mouth", "eyes")}
+        return {"seed": self.seed[clip], "audio": self.audio[clip], **pieces}
 
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""

@@ -56,7 +56,7 @@ class Recipe:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     average: float = 0.998
-    mouth: float = 6.0
+    mouth: float = 8.0
     eyes: float = 2.0
     past: float = 0.2
     held_out: int = 12

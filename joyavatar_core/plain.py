@@ -127,7 +127,8 @@ class PlainRollout:
             kv.append((k, v, grid[0] * grid[1]))
         out = self._head(tokens, time, frames, grid).to(x.dtype)
         if model.config.prediction == "x0":
-            out = (x[:, : model.config.out_channels] - out) / (t.clamp(min=50.0) / 1000).to(x.dtype).view(1, 1, -1, 1, 1)
+            sigma = (t.clamp(min=50.0) / 1000).to(x.dtype).view(1, 1, -1, 1, 1)
+            out = (x[:, : model.config.out_channels] - out) / sigma
         return out, kv
 
     def _block(self, block: Block, x: Tensor, levels: Tensor, past: list, where: tuple, audio: Tensor) -> tuple:

@@ -1,4 +1,4 @@
-"""Pictures and voices that come with the package, by name. All were made by this project (assets/samples/LICENSE.md)."""
+"""Pictures and voices that come with the package, by name: made by this project, see assets/samples/LICENSE.md."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ from joyavatar_core.training.drawn import (
 )
 from joyavatar_core.training.mouth import Speech, TimedPhone
 
+from .small_training import small_autoencoder
+
 SMALL = AutoencoderConfig(
     patch=2, encoder_widths=(4, 4, 4), decoder_widths=(8, 8, 4, 4), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)
 )
@@ -321,3 +323,19 @@ def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
 def test_recipe_refuses_a_crop_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples"):
         trainer.Recipe(crop=100)
+
+
+def test_the_decoder_learns_on_while_the_latents_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = AutoencoderConfig(16, 2, (8, 8, 8), (8, 8, 8, 8), (1, 1, 1), (1, 1, 1))
+    monkeypatch.setitem(trainer.AUTOENCODERS, "small", small)
+    source = small_autoencoder(tmp_path / "finished.safetensors")
+    first = torch.rand(2, 3, 5, 32, 32) * 2 - 1
+    recipe = trainer.Recipe(model="small", size=32, crop=32)
+    state = trainer._begin(recipe, tmp_path, [first], source)
+    weights = trainer.region_weights(torch.zeros(2, 5, 3, 4), 32, 32, recipe.regions)
+    for _ in range(3):
+        trainer._step(state, first, weights, 0.0)
+    trainer._checkpoint(state, ((9.0,) * 16, (9.0,) * 16))
+    before, after = load_light_autoencoder(source), load_light_autoencoder(tmp_path / "autoencoder.safetensors")
+    assert torch.equal(before.encode(first), after.encode(first))
+    assert not torch.equal(before.decode(before.encode(first)), after.decode(before.encode(first)))

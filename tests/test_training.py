@@ -439,3 +439,32 @@ def test_ruler_reads_the_mouth():
     ruler = preview.fit_ruler(patches[::2], opening[::2])
     assert preview.correlation(preview.read_ruler(ruler, patches[1::2]), opening[1::2]) > 0.8
     assert preview.correlation(opening, torch.ones(60)) == 0
+
+
+def test_close_ups_are_cuts_of_their_clips_with_the_mouth_inside():
+    whole = random_clips(3, (16, 12))
+    whole.mouth.zero_()
+    whole.mouth[:, :, 9:11, 5:8] = 1
+    clips = torch.tensor([2, 0])
+    close = whole.close_ups(clips, 8, (2, 2), random.Random(0))
+    assert close.latents.shape == (2, 30, 16, 8, 8) and torch.equal(close.audio, whole.audio[clips])
+    for row, clip in enumerate(clips):
+        spots = [
+            (y, x)
+            for y in range(0, 9, 2)
+            for x in range(0, 5, 2)
+            if torch.equal(whole.latents[clip, 0, :, y : y + 8, x : x + 8], close.latents[row, 0])
+        ]
+        assert len(spots) == 1
+        y, x = spots[0]
+        assert torch.equal(whole.image[clip, :, :, y : y + 8, x : x + 8], close.image[row])
+    assert close.mouth.sum() > 0.5 * whole.mouth[clips].sum()
+
+
+def test_batches_of_close_ups_have_their_size(tmp_path: Path):
+    state = small_training(tmp_path)
+    state.recipe = replace(state.recipe, close_ups=1.0, close_up=4)
+    state.data = (random_clips(4, (8, 12)),)
+    assert {tuple(state.batch().x0.shape[-2:]) for _ in range(3)} == {(4, 4)}
+    state.recipe = replace(state.recipe, close_ups=0.0)
+    assert tuple(state.batch().x0.shape[-2:]) == (8, 12)

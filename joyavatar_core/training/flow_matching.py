@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..avatar import load_light_autoencoder
+from ..avatar import load_light_autoencoder, load_model
 from ..config import MODELS
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
@@ -112,13 +112,22 @@ def hold_out(data: tuple[EncodedClips, ...], count: int) -> tuple[tuple[EncodedC
     return (data[0].select(slice(count, None)), *data[1:]), data[0].select(slice(0, count))
 
 
-def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], projector: Path | None = None) -> Training:
-    """A training at step 0. A projector that has learned to listen stays as it is."""
+def begin(
+    recipe: Recipe,
+    out: Path,
+    data: tuple[EncodedClips, ...],
+    projector: Path | None = None,
+    start: Path | None = None,
+) -> Training:
+    """A training at step 0, from random weights or from those of a finished training (`start`).
+
+    A projector that has learned to listen stays as it is: the given one, or that of `start`.
+    """
     data, held_out = hold_out(data, recipe.held_out)
-    model = JoyAvatarDiT(MODELS[recipe.model], attention=attend)
-    trainer.initialise(model, recipe.seed)
+    model = load_model(start, attention=attend) if start else _fresh(recipe)
     if projector:
         load_projector(projector, model.proj_model)
+    if projector or start:
         model.proj_model.requires_grad_(False)
     model = model.bfloat16()
     weights = Weights(model, recipe.average)
@@ -132,6 +141,12 @@ def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], projector: 
         held_out=held_out,
         policy=policy_named(recipe.policy),
     )
+
+
+def _fresh(recipe: Recipe) -> JoyAvatarDiT:
+    model = JoyAvatarDiT(MODELS[recipe.model], attention=attend)
+    trainer.initialise(model, recipe.seed)
+    return model
 
 
 @torch.no_grad()  # not inference_mode: RoPE tables are kept, and training uses them too
@@ -153,7 +168,13 @@ def grow(state: Training, store: LatentStore) -> None:
 
 
 def train(
-    recipe: Recipe, out: Path, clips: Path, autoencoder: Path, projector: Path | None = None, again: bool = False
+    recipe: Recipe,
+    out: Path,
+    clips: Path,
+    autoencoder: Path,
+    projector: Path | None = None,
+    start: Path | None = None,
+    again: bool = False,
 ) -> None:
     """Train for recipe.minutes of wall-clock time (all sessions together).
 
@@ -165,7 +186,7 @@ def train(
     if not parallel.rank():
         store.encode(recipe.held_out + recipe.first_clips)
     parallel.wait()
-    state = begin(recipe, out, store.load(), projector)
+    state = begin(recipe, out, store.load(), projector, start)
     if again:
         trainer.resume(state)
     show = preview.choose(state.held_out, clips, decoder, patch)
@@ -179,8 +200,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the embedded transformer on drawn clips.")
     trainer.add_options(parser)
     parser.add_argument("--projector", type=Path, help="projector.safetensors of training.listening")
+    parser.add_argument("--start", type=Path, help="transformer to go on from, e.g. the one in the package")
     options, recipe = trainer.parse(parser, Recipe, arguments)
-    train(recipe, options.out, options.clips, options.autoencoder, options.projector, options.resume)
+    train(
+        recipe,
+        options.out,
+        options.clips,
+        options.autoencoder,
+        options.projector,
+        options.start,
+        options.resume,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""What goes into the package, and what is too large for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from joyavatar_core import checkpoint
+from joyavatar_core.avatar import ASSETS, EMBEDDED_FILES, load_light_autoencoder, load_model
+from joyavatar_core.measures.mouth_reader import WEIGHTS, load_mouth_reader
+from joyavatar_core.training import package, trainer
+
+from .small_training import add_small_preset, small_autoencoder, small_training
+
+
+def test_the_package_takes_files_that_load_and_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add_small_preset(monkeypatch)
+    state = small_training(tmp_path)
+    trainer.save(state)
+    sources = (small_autoencoder(tmp_path / "autoencoder.safetensors"), tmp_path / "transformer.safetensors", WEIGHTS)
+    out = tmp_path / "assets"
+    out.mkdir()
+    package.package(*sources, out)
+    model = load_model(out / EMBEDDED_FILES["model"])
+    assert model.config == state.model.config
+    assert load_light_autoencoder(out / EMBEDDED_FILES["autoencoder"]).latent_channels == 16
+    load_mouth_reader(out / WEIGHTS.name)
+    monkeypatch.setattr(package, "TOTAL_MB", 0.5)
+    with pytest.raises(checkpoint.CheckpointError, match=r"tiny.safetensors .* at most 16 MB a file and 0.5 MB in all"):
+        package.package(*sources, out)
+
+
+def test_what_is_in_the_package_keeps_the_limits_and_says_where_it_comes_from():
+    sizes = [path.stat().st_size / 1e6 for path in ASSETS.glob("*.safetensors")]
+    assert len(sizes) == 3 and max(sizes) <= package.FILE_MB and sum(sizes) <= package.TOTAL_MB
+    for path in ASSETS.glob("*.safetensors"):
+        _, metadata = checkpoint.read(path)
+        told = " ".join(metadata.values())
+        assert all(word in told for word in ("steps", "seed", "minutes")), path.name

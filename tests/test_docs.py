@@ -79,7 +79,7 @@ def test_examples_of_the_command_line_parse() -> None:
             if program == "joyavatar":
                 build_parser().parse_args(words)
                 commands.add(words[0])
-    assert commands == {"demo", "generate", "schedule", "doctor", "bench"}
+    assert commands == {"demo", "generate", "schedule", "doctor", "bench", "evaluate"}
 
 
 def options() -> set[str]:
@@ -115,7 +115,7 @@ def test_training_commands_exist() -> None:
         for word in words[3:]:
             assert not word.startswith("--") or f'add_argument("{word}"' in source, (words[2], word)
         found += 1
-    assert found == 7
+    assert found == 8
 
 
 # Python

@@ -58,7 +58,7 @@ def test_mouth_is_shut_in_long_silence_and_open_in_long_open_vowels(clips: list[
             if phone.kind == "silence" and length > 0.4:
                 frames = near(clip, phone.start + 0.1, phone.end - 0.15)
                 assert (clip.open[frames] < 0.02).all()
-                assert level(clip, phone.start + 0.02, phone.end - 0.02) < 1e-3
+                assert level(clip, phone.start + 0.02, phone.end - 0.02) < 5e-3  # babble fades
             if phone.kind == "open" and length > 0.1 and phone.end < 4.9:
                 vowels += list(clip.open[near(clip, phone.start, phone.end)])
     assert np.mean(vowels) > 0.45

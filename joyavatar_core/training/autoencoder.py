@@ -486,7 +486,7 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
     save_model(state.out / "autoencoder.safetensors", state.average, config, notes)
 
 
-def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None) -> _Training:
+def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None = None) -> _Training:
     fresh = (LightAutoencoder(AUTOENCODERS[recipe.model]), LightAutoencoder(AUTOENCODERS[recipe.model]))
     model, average = decoder_alone(source) if source else fresh
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]

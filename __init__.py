@@ -7,3 +7,5 @@ import importlib.util
 
 if __package__ and importlib.util.find_spec("comfy_api"):
     from .nodes import comfy_entrypoint  # noqa: F401
+
+WEB_DIRECTORY = "./js"

@@ -23,7 +23,7 @@ from .config import MODELS, AudioConfig, FaceConfig, ModelConfig
 from .geometry import Geometry
 from .model import JoyAvatarDiT
 from .policy import RolloutPolicy
-from .rollout import Condition, Rollout
+from .rollout import Condition, Reseed, Rollout
 from .stream import AvatarStream, LatentStream
 from .types import VideoAutoencoder
 from .wan_vae import WanVAE, WanVAEConfig
@@ -95,12 +95,27 @@ class Avatar:
         policy: RolloutPolicy,
         seed: int,
         encoded: Encoded | None = None,
+        decoder: VideoAutoencoder | None = None,
+        before_forward: Callable[[], None] = lambda: None,
+        reseed: Reseed | None = None,
     ) -> AvatarStream:
-        """A fresh stream for a picture [1, 3, H, W] in [-1, 1]; its size is the stream's size."""
+        """A fresh stream for a picture [1, 3, H, W] in [-1, 1]; its size is the stream's size.
+
+        decoder: another than the system's own. before_forward, reseed: see Rollout.
+        """
         geometry = self.geometry((picture.shape[3], picture.shape[2]), policy)
-        condition = self.condition(picture, encoded)
-        rollout = Rollout(self.model, policy, geometry, condition, seed, self.device, self.dtype)
-        return AvatarStream(LatentStream(rollout, self.front_end(geometry)), self.autoencoder)
+        rollout = Rollout(
+            self.model,
+            policy,
+            geometry,
+            self.condition(picture, encoded),
+            seed,
+            self.device,
+            self.dtype,
+            before_forward=before_forward,
+            reseed=reseed,
+        )
+        return AvatarStream(LatentStream(rollout, self.front_end(geometry)), decoder or self.autoencoder)
 
 
 def takes_reference_tokens(config: ModelConfig) -> bool:
@@ -145,14 +160,25 @@ def assemble_embedded(
     place = torch.device(device)
     dtype = dtype or default_dtype(place)
     model = model.to(place, dtype).eval().requires_grad_(False)
-    light = autoencoder.to(place, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)  # pyright: ignore
-    return Avatar(model, light.folded(), LogMel, place, dtype)
+    return Avatar(model, folded(autoencoder, place, dtype), LogMel, place, dtype)
 
 
-def load_model(paths: str | Path | Sequence[str | Path], ops: Any = nn, attention: AttentionFn = sdpa) -> JoyAvatarDiT:
+def folded(autoencoder: LightAutoencoder, device: torch.device, dtype: torch.dtype) -> LightAutoencoder:
+    """A light autoencoder in place, laid out and folded for speed."""
+    light = autoencoder.to(device, dtype).to(memory_format=torch.channels_last)  # pyright: ignore
+    return light.eval().requires_grad_(False).folded()
+
+
+def load_model(
+    paths: str | Path | Sequence[str | Path],
+    ops: Any = nn,
+    attention: AttentionFn = sdpa,
+    compute: torch.dtype | None = None,
+) -> JoyAvatarDiT:
     """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes).
 
-    Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights.
+    Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights. compute: see
+    JoyAvatarDiT.
     """
 
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> JoyAvatarDiT:
@@ -160,7 +186,7 @@ def load_model(paths: str | Path | Sequence[str | Path], ops: Any = nn, attentio
             config = checkpoint.config_from_json(ModelConfig, metadata["model_config"])
         else:
             config = detect_config(tensors)
-        return JoyAvatarDiT(config, ops, attention)
+        return JoyAvatarDiT(config, ops, attention, compute)
 
     return checkpoint.load_module(paths, build, "transformer")
 
@@ -174,6 +200,13 @@ def load_autoencoder(path: str | Path, ops: Any = nn) -> WanVAE | LightAutoencod
         return _empty_light_autoencoder(metadata, tensors, ops)
 
     return checkpoint.load_module(path, build, "autoencoder")
+
+
+def wan_vae_of(tensors: checkpoint.Tensors, ops: Any = nn) -> WanVAE:
+    """Wan2.1's autoencoder around tensors that are in memory already. CheckpointError for another one's."""
+    with torch.device("meta"):
+        empty = WanVAE(detect_vae_config(tensors), ops)
+    return checkpoint.load_into(empty, tensors, "the VAE").eval()
 
 
 def load_light_autoencoder(path: str | Path, ops: Any = nn) -> LightAutoencoder:

@@ -172,7 +172,7 @@ def config_from_json(kind: type[Config], text: str) -> Config:
         if not isinstance(value, dict):
             raise TypeError(f"{text[:40]!r} is not a JSON object")
         return _build(kind, value)
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:  # of JSON, or of the config itself
         raise CheckpointError(f"the file's {kind.__name__} cannot be read: {error}") from error
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError
-from .stream import AvatarStream, checksum
+from .stream import AvatarStream, StreamState, checksum
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +64,55 @@ class Resume:
 
     path: file of the saved StreamState; it lives as long as the unfinished video it belongs to.
     every: blocks between two saves, 0 for none; fewer are made where saving would take more than a twentieth of the
-    time. go_on: whether to start from the file.
+    time. go_on: whether to start from the file. shelf: where states are kept for retakes.
     """
 
     path: Path
     every: int = 8
     go_on: bool = False
+    shelf: StateShelf | None = None
+
+
+@dataclass
+class StateShelf:
+    """States kept at regular blocks, so that a part of a finished video can be made again.
+
+    folder: of the files, made when there is one. every: blocks between two of them; it doubles, and every other file
+    goes, when there are more than `most`. Files of an earlier run are replaced or, where they do not fit, refused when
+    they are loaded.
+    """
+
+    folder: Path
+    every: int
+    most: int = 32
+
+    def kept(self) -> dict[int, Path]:
+        """Finished blocks of each state -> its file, in order."""
+        found = {int(p.stem.removeprefix("block_")): p for p in self.folder.glob("block_*.safetensors")}
+        return dict(sorted(found.items()))
+
+    def before(self, blocks: int) -> Path | None:
+        """The latest state with at most so many finished blocks."""
+        return next((path for done, path in reversed(self.kept().items()) if done <= blocks), None)
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        for path in self.kept().values():
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def keep(self, state: StreamState, blocks: int) -> None:
+        """After a block: save the state if its turn has come. Raises OSError where it cannot be written."""
+        if not self.every or blocks % self.every:
+            return
+        state.save(self.folder / f"block_{blocks:07d}.safetensors")
+        kept = self.kept()
+        if len(kept) > self.most:
+            self.every *= 2
+            for done, path in kept.items():
+                if done % self.every:
+                    path.unlink()
 
 
 def generate(
@@ -114,7 +157,7 @@ class _Saver:
 
     def __init__(self, stream: AvatarStream, resume: Resume) -> None:
         self.stream, self.resume = stream, resume
-        self.every, self.not_before = resume.every, 0.0
+        self.every, self.not_before, self.shelf = resume.every, 0.0, resume.shelf
         self.stale = not resume.go_on  # a state of an earlier run may lie at the path
 
     def after_block(self, progress: Progress) -> None:
@@ -123,6 +166,8 @@ class _Saver:
             self.resume.path.unlink(missing_ok=True)
             self.stale = False
         last = progress.blocks_total is not None and progress.blocks >= progress.blocks_total
+        if self.shelf and not last:
+            self._keep(progress.blocks)
         start = time.perf_counter()
         if not self.every or progress.blocks % self.every or last or start < self.not_before:
             return
@@ -133,6 +178,14 @@ class _Saver:
             self.every = 0
         now = time.perf_counter()
         self.not_before = now + self.SHARE * (now - start)
+
+    def _keep(self, blocks: int) -> None:
+        assert self.shelf
+        try:
+            self.shelf.keep(self.stream.state, blocks)
+        except OSError as error:
+            logger.warning("no states are kept from now on, later parts cannot be retaken: %s", error)
+            self.shelf = None
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:

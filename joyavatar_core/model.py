@@ -238,11 +238,18 @@ class JoyAvatarDiT(nn.Module):
         config: sizes; MODELS has the presets.
         ops: namespace of layer classes (torch.nn, or the host's for offloading and fp8).
         attention: see attention.AttentionFn.
+        compute: dtype of the activations; None: that of the weights (fp8 weights need one of their own).
     """
 
-    def __init__(self, config: ModelConfig, ops: Any = nn, attention: AttentionFn = sdpa) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Any = nn,
+        attention: AttentionFn = sdpa,
+        compute: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, compute
         dim, patch = config.dim, (1, *config.patch)
         self.patch_embedding = ops.Conv3d(config.in_channels, dim, patch, stride=patch)
         if config.text_dim:
@@ -341,7 +348,7 @@ class JoyAvatarDiT(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""
-        x = x.to(self.patch_embedding.weight.dtype).contiguous()
+        x = x.to(self.compute or self.patch_embedding.weight.dtype).contiguous()
         return self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
 
     def _time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:

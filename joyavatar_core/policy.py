@@ -6,6 +6,7 @@ code. No torch here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -161,3 +162,24 @@ def policy(name: str) -> RolloutPolicy:
     if name not in POLICIES:
         raise ValueError(f"policy {name!r} is not known; known: {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def changed(chosen: RolloutPolicy, changes: Mapping[str, object]) -> RolloutPolicy:
+    """The policy with other values; a larger context moves the smallest possible rope_limit along.
+
+    Raises ValueError for values that cannot go together.
+    """
+    wider = "rope_limit" not in changes and not changes.keys().isdisjoint(("sink_blocks", "local_blocks", "timesteps"))
+    if wider and chosen.rope_limit is not None:
+        free = replace(chosen, **{**changes, "rope_limit": None})  # pyright: ignore[reportArgumentType]
+        changes = {**changes, "rope_limit": max(chosen.rope_limit, free.span_latents)}
+    return replace(chosen, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def with_steps(chosen: RolloutPolicy, steps: int) -> RolloutPolicy:
+    """The policy with so many evenly spaced main steps; a rolling window gets as many blocks. ValueError below 1."""
+    if steps < 1:
+        raise ValueError(f"steps {steps}: must be at least 1")
+    timesteps = tuple(1000 - 1000 * i / steps for i in range(steps))
+    window = 1 if chosen.window_blocks == 1 else steps
+    return changed(chosen, {"timesteps": timesteps, "window_blocks": window})

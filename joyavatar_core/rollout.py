@@ -77,10 +77,19 @@ class RolloutState:
 
 
 @dataclass(frozen=True)
+class Reseed:
+    """Another seed for some blocks of a stream: those in `blocks` draw their noise from it."""
+
+    blocks: range
+    seed: int
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A model run under a policy; holds nothing that changes.
 
     before_forward: called before every forward of the model; may raise to stop between two of them.
+    reseed: blocks with another seed (a retake); no part of what a saved state belongs to.
     """
 
     model: JoyAvatarDiT
@@ -92,6 +101,7 @@ class Rollout:
     dtype: torch.dtype
     batch: int = 1
     before_forward: Callable[[], None] = lambda: None
+    reseed: Reseed | None = None
 
     def __post_init__(self) -> None:
         if self.geometry.block_latents != self.policy.block_latents:
@@ -285,4 +295,5 @@ class Rollout:
 
     def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return gaussian(self.seed, block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
+        seed = self.reseed.seed if self.reseed and block in self.reseed.blocks else self.seed
+        return gaussian(seed, block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore

@@ -421,12 +421,12 @@ class WanVAE(nn.Module):
         video, after = [], state or {}
         for piece in latents.split(self.config.latents_per_pass, dim=2):
             past, after = after, {}
-            z = self.conv2(self._computed(self._denormalise(piece)))
+            z = self.conv2(self._computed(self.denormalised(piece)))
             video.append(self.decoder(z, _Memory(past, after, "decoder.")).clamp(-1, 1).to(latents.dtype))
         return torch.cat(video, dim=2), after
 
     def _computed(self, x: Tensor) -> Tensor:
-        return x.to(self.conv1.weight.dtype) if type(self.conv1) is nn.Conv3d else x
+        return x.to(self.conv1.weight.dtype) if isinstance(self.conv1, nn.Conv3d) else x
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         pair = torch.tensor((self.config.latent_mean, self.config.latent_std), dtype=like.dtype, device=like.device)
@@ -438,7 +438,8 @@ class WanVAE(nn.Module):
         mean, std = self._scale(mu)
         return ((mu - mean) / std).to(dtype)
 
-    def _denormalise(self, latents: Tensor) -> Tensor:
+    def denormalised(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder itself gives them, which is what the host's LATENT holds."""
         wide = latents.to(torch.promote_types(latents.dtype, torch.float32))
         mean, std = self._scale(wide)
         return (wide * std + mean).to(latents.dtype)

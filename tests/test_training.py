@@ -463,7 +463,7 @@ def test_close_ups_are_cuts_of_their_clips_with_the_mouth_inside():
 
 def test_batches_of_close_ups_have_their_size(tmp_path: Path):
     state = small_training(tmp_path)
-    state.recipe = replace(state.recipe, close_ups=1.0, close_up=4)
+    state.recipe = replace(state.recipe, close_ups=1.0, close_up=(4,))
     state.data = (random_clips(4, (8, 12)),)
     assert {tuple(state.batch().x0.shape[-2:]) for _ in range(3)} == {(4, 4)}
     state.recipe = replace(state.recipe, close_ups=0.0)

@@ -30,10 +30,9 @@ from ..noise import gaussian
 from ..plain import PlainRollout, plain_decode
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
-from .options import size_of
+from .options import dtype_of, size_of
 
 RATE = 16000
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--blocks {args.blocks} must lie in 8 .. 20000")
     width, height = size_of(args.size)
     make = random_embedded if args.random else load_embedded
-    avatar = make(dtype=DTYPES[args.dtype])
+    avatar = make(dtype=dtype_of(args.dtype))
     picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
     setup = Setup(avatar, torch.nn.functional.avg_pool2d(picture, 9, 1, 4), args.blocks)
     figures: dict[str, object] = {

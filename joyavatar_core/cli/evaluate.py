@@ -13,7 +13,7 @@ import torch
 from ..avatar import ASSETS, EMBEDDED_FILES, Avatar, assemble_embedded, load_light_autoencoder, load_model
 from ..checkpoint import read
 from ..measures.mouth_reader import load_mouth_reader
-from .options import policy_of
+from .options import dtype_of, policy_of
 
 if TYPE_CHECKING:
     from ..training.drawn_suite import Report, Suite
@@ -51,8 +51,7 @@ def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
 
 def _avatar(args: argparse.Namespace) -> Avatar:
     model, autoencoder = _paths(args)
-    dtype = None if args.dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
-    return assemble_embedded(load_model(model), load_light_autoencoder(autoencoder), dtype=dtype)
+    return assemble_embedded(load_model(model), load_light_autoencoder(autoencoder), dtype=dtype_of(args.dtype))
 
 
 def _command(args: argparse.Namespace, suite: Suite) -> str:

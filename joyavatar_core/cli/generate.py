@@ -29,11 +29,9 @@ from ..media.sound import PcmPipe, SoundFile
 from ..media.writer import VideoWriter, checked_path, part_path
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
-from .options import policy_of, size_of
+from .options import dtype_of, policy_of, size_of
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass
@@ -215,7 +213,7 @@ def _sound(args: argparse.Namespace) -> HeardSound:
 def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
     """The model the options name, and what its encoders say of the picture and the prompt."""
     device = _device(args.device)
-    dtype = DTYPES.get(args.dtype)
+    dtype = dtype_of(args.dtype)
     if args.model == "tiny":
         return load_embedded(device, dtype), Encoded()
     from .full_size import load_full_size

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from .. import samples
 from ..policy import POLICIES
 
 
@@ -50,8 +51,12 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="make a talking avatar with what is in the package")
     demo.add_argument("--out", default="joyavatar-demo", metavar="DIR", help="folder of the result (%(default)s)")
-    demo.add_argument("--image", default="demo", metavar="NAME|FILE", help="a picture of the package, or your own")
-    demo.add_argument("--audio", default="demo", metavar="NAME|FILE", help="a voice of the package, or your own")
+    demo.add_argument(
+        "--image", default=samples.DEFAULT, metavar="NAME|FILE", help="a picture of the package, or your own"
+    )
+    demo.add_argument(
+        "--audio", default=samples.DEFAULT, metavar="NAME|FILE", help="a voice of the package, or your own"
+    )
     demo.add_argument("--size", metavar="WxH", help="video size in pixels")
     demo.add_argument("--list", action="store_true", help="name the pictures and voices of the package")
     demo.add_argument("--seed", type=int, default=0)

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from ..policy import RolloutPolicy, policy
+from ..policy import RolloutPolicy, changed, policy
+
+if TYPE_CHECKING:
+    import torch
+
+
+def dtype_of(word: str) -> torch.dtype | None:
+    """The precision an option names; None for auto."""
+    import torch  # `joyavatar schedule` needs none
+
+    return None if word == "auto" else getattr(torch, word)
 
 
 def policy_of(args: argparse.Namespace) -> RolloutPolicy:
@@ -21,11 +31,7 @@ def policy_of(args: argparse.Namespace) -> RolloutPolicy:
         value = vars(args)[name]
         if value is not None:
             changes[name] = value
-    wider = "rope_limit" not in changes and ("sink_blocks" in changes or "local_blocks" in changes)
-    if wider and chosen.rope_limit is not None:  # a larger context moves the smallest possible limit along
-        free = replace(chosen, **{**changes, "rope_limit": None})  # pyright: ignore[reportArgumentType]
-        changes["rope_limit"] = max(chosen.rope_limit, free.span_latents)
-    return replace(chosen, **changes)  # pyright: ignore[reportArgumentType]
+    return changed(chosen, changes)
 
 
 def size_of(text: str) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import json
 import os
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import takewhile
@@ -308,20 +308,87 @@ def copy_packets(source: Path, target: Path, layout: Layout, tags: Mapping[str, 
     Streams are set up as for coding: `add_stream_from_template` of PyAV 14.0 replaces the H.264 header by one of its
     own. Paths are absolute, lest a colon in a name be taken for a protocol.
     """
-    with av.open(str(source.absolute())) as given, _open_mp4(str(target.absolute()), _FINAL) as made:
+    with av.open(str(source.absolute())) as given:
+        _mux(_stored(given, layout), target, layout, tags)
+
+
+def splice_packets(
+    base: Path, piece: Path, first: int, stop: int, target: Path, layout: Layout, tags: Mapping[str, str]
+) -> None:
+    """Remux `base` with the pictures of its source frames first .. stop (ends of segments) from `piece`."""
+    inside = range(layout.outputs(first), layout.outputs(stop))
+
+    def pictures_and_sound(whole: InputContainer, part: InputContainer) -> Iterator[Stored]:
+        new = [packet for packet in _stored(part, layout) if packet.video]
+        for packet in _stored(whole, layout):
+            if not (packet.video and packet.time in inside):
+                yield packet
+            elif packet.time == inside.start:
+                yield from new
+
+    with av.open(str(base.absolute())) as whole, av.open(str(piece.absolute())) as part:
+        _mux(pictures_and_sound(whole, part), target, layout, tags)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A packet of a file: its time in frames (video) or samples (sound)."""
+
+    video: bool
+    data: bytes
+    time: int
+    duration: int
+    keyframe: bool
+
+
+def _stored(container: InputContainer, layout: Layout) -> Iterator[Stored]:
+    """Packets of a file of ours, pictures as an encoder gives them."""
+    for packet in container.demux():
+        if packet.dts is None or packet.pts is None:
+            continue
+        if packet.stream.type == "video":
+            time = round(packet.pts * packet.time_base * layout.output_fps)
+            yield Stored(True, _annex_b(bytes(packet)), time, 1, packet.is_keyframe)
+        else:
+            yield Stored(False, bytes(packet), packet.pts, packet.duration or AAC_FRAME, True)
+
+
+def _mux(packets: Iterable[Stored], target: Path, layout: Layout, tags: Mapping[str, str]) -> None:
+    with _open_mp4(str(target.absolute()), _FINAL) as made:
         made.metadata.update(tags)
         video, audio = _add_streams(made, layout)
         made.start_encoding()
-        for packet in given.demux():
-            if packet.dts is None or packet.pts is None:
-                continue
-            if packet.stream.type == "video":
-                time = round(packet.pts * packet.time_base * layout.output_fps)
-                made.mux_one(_packet(video, _annex_b(bytes(packet)), time, 1, packet.is_keyframe))
-            else:
-                made.mux_one(_packet(audio, bytes(packet), packet.pts, packet.duration or AAC_FRAME))
+        for stored in packets:
+            stream = video if stored.video else audio
+            made.mux_one(_packet(stream, stored.data, stored.time, stored.duration, stored.keyframe))
     with target.open("r+b") as file:
         os.fsync(file.fileno())
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished video of this program: its layout, source frames and metadata."""
+
+    layout: Layout
+    frames: int
+    tags: Mapping[str, str]
+
+    def check(self, layout: Layout, path: Path) -> None:
+        """Raises MediaError unless pictures of `layout` fit into it."""
+        if self.layout != layout:
+            was, now = asdict(self.layout), asdict(layout)
+            key = next(key for key, value in now.items() if was[key] != value)
+            raise MediaError(f"{path.name} was made with {key} {was[key]}, not {now[key]}; use the same settings")
+
+
+def finished_video(path: Path) -> Finished:
+    """Raises MediaError for a file that is missing or not a finished video of this program."""
+    try:
+        with av.open(str(path.absolute())) as container:
+            tags = dict(container.metadata)
+            return Finished(Layout.from_json(tags["joyavatar_layout"]), int(tags["source_frames"]), tags)
+    except (OSError, FFmpegError, KeyError, TypeError, ValueError):
+        raise MediaError(f"{path}: is not a finished video of this program") from None
 
 
 def _annex_b(data: bytes) -> bytes:

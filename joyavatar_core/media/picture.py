@@ -71,7 +71,7 @@ def fit_picture(rgb: np.ndarray, width: int, height: int, mode: Literal["crop", 
     if width < 1 or height < 1:
         raise ValueError(f"size {width}x{height}: width and height must be at least 1")
     if mode == "crop":
-        return _resize(_cropped(rgb, width, height), width, height)
+        return resize(_cropped(rgb, width, height), width, height)
     if mode == "pad":
         return _padded(rgb, width, height)
     raise ValueError(f"mode {mode!r} is unknown; use 'crop' or 'pad'")
@@ -170,13 +170,16 @@ def _on_background(rgba: np.ndarray) -> np.ndarray:
     return out
 
 
-def _cropped(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
-    rows, columns = rgb.shape[:2]
+def crop_box(columns: int, rows: int, width: int, height: int) -> tuple[int, int, int, int]:
+    """(x, y, width, height) of what "crop" keeps of a picture of columns x rows for a size of this aspect."""
     keep_columns = min(columns, max(1, round(rows * width / height)))
     keep_rows = min(rows, max(1, round(columns * height / width)))
-    left = (columns - keep_columns) // 2
-    top = round((rows - keep_rows) * HEADROOM)
-    return rgb[top : top + keep_rows, left : left + keep_columns]
+    return (columns - keep_columns) // 2, round((rows - keep_rows) * HEADROOM), keep_columns, keep_rows
+
+
+def _cropped(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
+    x, y, keep_columns, keep_rows = crop_box(rgb.shape[1], rgb.shape[0], width, height)
+    return rgb[y : y + keep_rows, x : x + keep_columns]
 
 
 def _padded(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -185,7 +188,7 @@ def _padded(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
     scale = min(width / columns, height / rows)
     inner_w = min(width, max(1, round(columns * scale)))
     inner_h = min(height, max(1, round(rows * scale)))
-    inner = _resize(rgb, inner_w, inner_h)
+    inner = resize(rgb, inner_w, inner_h)
     top, left = (height - inner_h) // 2, (width - inner_w) // 2
     borders = (top, height - inner_h - top, left, width - inner_w - left)
     filled = cv2.copyMakeBorder(inner, *borders, cv2.BORDER_REPLICATE)
@@ -194,7 +197,8 @@ def _padded(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
     return filled
 
 
-def _resize(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
+def resize(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 [H, W, 3] -> [height, width, 3]: areas averaged where it shrinks, cubic where it grows."""
     cv2 = _opencv()
     rows, columns = rgb.shape[:2]
     if (rows, columns) == (height, width):

@@ -34,7 +34,7 @@ from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
 
 from . import MediaError
-from .mp4 import AudioTrack, CodedSound, Layout, Part, Segment, copy_packets, opening_of
+from .mp4 import AudioTrack, CodedSound, Layout, Part, Segment, copy_packets, finished_video, opening_of, splice_packets
 from .sound import clean_samples
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class VideoWriter:
     crf, preset: of x264. segment_frames, first_segment_frames: see Layout; the end of a segment is where a file can be
     resumed, and what a kill leaves is the video up to the last such end.
 
+    base: a finished video of the same layout. The frames that are written, from `start_at` on, take the place of its
+    own, all else is copied from it; sound is not written then. `cancel` leaves no file.
     cancelled_by: exceptions that mean that somebody wants no more.
 
     As a context manager a normal exit closes and an exception of `cancelled_by` cancels; any other leaves the part,
@@ -96,6 +98,7 @@ class VideoWriter:
         preset: str = "veryfast",
         segment_frames: int = 12,
         first_segment_frames: int | None = None,
+        base: Path | None = None,
         cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
     ) -> None:
         source = Fraction(source_fps)
@@ -125,6 +128,9 @@ class VideoWriter:
         self._interrupted = False
         self._cancelled_by = cancelled_by
         self._closed = False
+        self._base, self._first = base, 0
+        if base:
+            finished_video(base).check(self.layout, base)
 
     @classmethod
     def resume(cls, path: str | Path, width: int, height: int, *, frames_done: int, **options: Any) -> VideoWriter:
@@ -139,6 +145,14 @@ class VideoWriter:
         if frames_done:
             writer._take_over(frames_done)
         return writer
+
+    def start_at(self, frame: int) -> None:
+        """Begin at a source frame, the end of a segment: for videos that replace a part of `base`."""
+        segments = self.layout.segments_in(frame)
+        if frame != self.layout.end_of(segments) or self._written or not self._base:
+            raise MediaError(f"cannot begin at frame {frame}: it is not the end of a segment of a finished video")
+        self._first = self._written = self._safe = frame
+        self._segment = Segment(self.layout, segments)
 
     @property
     def frames_written(self) -> int:
@@ -311,7 +325,11 @@ class VideoWriter:
             return None
         self._file.truncate(self._offset)
         self._file.close()
-        counts = {"frames": str(self.layout.outputs(self._written)), "source_frames": str(self._written)}
+        if self._base and not complete:
+            self.part.unlink()
+            return None
+        frames = finished_video(self._base).frames if self._base else self._written
+        counts = {"frames": str(self.layout.outputs(frames)), "source_frames": str(frames)}
         self._remux(target, {**self._tags, "complete": "true" if complete else "false", **counts})
         try:
             self.part.unlink()
@@ -322,7 +340,10 @@ class VideoWriter:
     def _remux(self, target: Path, tags: dict[str, str]) -> None:
         unfinished = _sibling(self.path, "finishing")
         try:
-            copy_packets(self.part, unfinished, self.layout, tags)
+            if self._base:
+                splice_packets(self._base, self.part, self._first, self._written, unfinished, self.layout, tags)
+            else:
+                copy_packets(self.part, unfinished, self.layout, tags)
             os.replace(unfinished, target)
         except (OSError, FFmpegError) as error:
             raise MediaError(

@@ -40,15 +40,14 @@ from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
 from .babble import babble
-from .common import Muon, rate_scale, record
-from .drawn import Avatar, Image, motion, photo_like, render, texture
+from .common import Muon, kept_share, rate_scale, record
+from .drawn import HELD_OUT_SEED, Avatar, Image, motion, photo_like, render, texture
 
 log = logging.getLogger(__name__)
 
 _KINDS = ("drawn", "photo", "texture")
 _KIND_ODDS = (0.77, 0.15, 0.08)
 _HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
-_HELD_OUT_SEED = 900_000_000  # training seeds stay below
 _CLIP_FRAMES = 12  # drawn at once, so that one drawing gives several time slices
 _FACE_FPS = Fraction(16)
 
@@ -175,12 +174,12 @@ def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
     """A new clip, at full size or (four of ten) between 3/4 and 3/2 of it."""
     scale = rng.uniform(0.75, 1.5) if rng.random() < 0.4 else 1.0
     size = max(recipe.crop, round(recipe.size * scale))
-    return make_sample(int(rng.integers(_HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size)
+    return make_sample(int(rng.integers(HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size)
 
 
 def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
     """The twelve fixed clips that measure a training: eight drawn, two photo-like, two textures."""
-    return [make_sample(_HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(_HELD_OUT_KINDS)]
+    return [make_sample(HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(_HELD_OUT_KINDS)]
 
 
 def _work(recipe: Recipe, seed: int, queue: Queue) -> None:
@@ -422,7 +421,7 @@ def _apply(state: _Training, rate: float) -> None:
 
 @torch.no_grad()
 def _update_average(state: _Training) -> None:
-    keep = min(state.recipe.ema, (1 + state.steps) / (20 + state.steps))
+    keep = kept_share(state.recipe.ema, state.steps)
     for slow, fast in zip(state.average.parameters(), state.model.parameters(), strict=True):
         slow.lerp_(fast, 1 - keep)
 
@@ -476,7 +475,7 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
         "steps": state.steps,
         "spent": state.spent,
         "figures": state.figures or {},
-        "data": f"drawn clips, training seeds 0..{_HELD_OUT_SEED - 1}, held out from {_HELD_OUT_SEED}",
+        "data": f"drawn clips, training seeds 0..{HELD_OUT_SEED - 1}, held out from {HELD_OUT_SEED}",
     }
     both = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     both |= {f"average.{k}": v for k, v in state.average.state_dict().items()}
@@ -487,8 +486,10 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
 
 
 def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None = None) -> _Training:
-    fresh = (LightAutoencoder(AUTOENCODERS[recipe.model]), LightAutoencoder(AUTOENCODERS[recipe.model]))
-    model, average = decoder_alone(source) if source else fresh
+    if source:
+        model, average = decoder_alone(source)
+    else:
+        model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]
     if not source:
         initialise(model, first, recipe.seed)
@@ -586,6 +587,13 @@ def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[
     return {**figures, "frames": float(frames.shape[0] * frames.shape[1]), "seconds": time.monotonic() - begun}
 
 
+def _final_statistics(state: _Training) -> Statistics:
+    """Of the latents of 64 held-out clips that no measuring has seen."""
+    kinds, size = ("drawn", "drawn", "photo"), state.recipe.size
+    fresh = [make_sample(HELD_OUT_SEED + 1000 + i, kinds[i % 3], size, 9) for i in range(64)]
+    return latent_statistics([_encode(state.average, sample) for sample in fresh])
+
+
 def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
@@ -601,9 +609,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None =
             _resume(state)
         _loop(state, queue, samples)
     _measure(state, samples)
-    kinds = ("drawn", "drawn", "photo")
-    fresh = [make_sample(_HELD_OUT_SEED + 1000 + i, kinds[i % 3], recipe.size, 9) for i in range(64)]
-    _checkpoint(state, latent_statistics([_encode(state.average, sample) for sample in fresh]))
+    _checkpoint(state, state.statistics or _final_statistics(state))
     log.info("finished: %s", state.figures)
     return state.figures or {}
 

@@ -43,6 +43,11 @@ def rate_scale(step: int, warmup_steps: int, progress: float, floor: float = 0.0
     return warm * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def kept_share(decay: float, step: int) -> float:
+    """How much of a running average stays at this step: young averages forget faster."""
+    return min(decay, (1 + step) / (20 + step))
+
+
 class Weights:
     """Weights in three precisions of time: the model's own (any dtype), float32 masters, and their running average.
 
@@ -73,7 +78,7 @@ class Weights:
     @torch.no_grad()
     def publish(self, step: int) -> None:
         """After an optimiser step: masters to the model, and into the average (young averages forget faster)."""
-        keep = min(self.decay, (1 + step) / (20 + step))
+        keep = kept_share(self.decay, step)
         for name, own in self.model.named_parameters():
             own.copy_(self.master[name])
             self.average[name].lerp_(self.master[name].detach(), 1 - keep)

@@ -28,6 +28,7 @@ from ..measures import pictures, statistics
 from ..measures.mouth_reader import MouthReader, Reading
 from ..measures.statistics import Interval, LoudnessPredictor
 from ..policy import RolloutPolicy
+from .clips import SIZES
 from .drawn import Clip, Image, sample_clip
 from .drawn.layers import opencv
 from .mouth_reader import QUANTITIES
@@ -35,7 +36,6 @@ from .speech import Speech, synthesize
 
 log = logging.getLogger(__name__)
 
-SIZES = ((256, 256), (320, 192), (192, 320))
 FIRST_SEED = 990_000_000
 FIT_SEED = 700_000_000  # training clips whose loudness and truth the predictor is fitted on
 _LONG_OFFSET = 100_000

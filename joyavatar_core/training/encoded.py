@@ -158,7 +158,7 @@ def encode_clip(
         "seed": torch.tensor(clip.seed),
         "latents": latents[0].transpose(0, 1).half().contiguous(),
         "image": image.channels[0, geometry.temporal :].transpose(0, 1).half().contiguous(),
-        "audio": front_end.features(as_track(clip), range(count)).tokens.half(),
+        "audio": front_end.features(as_track(clip.audio, clip.sample_rate), range(count)).tokens.half(),
         "mouth": cell_shares(clip.boxes[:, 0], geometry).half(),
         "eyes": cell_shares(clip.boxes[:, 1], geometry).half(),
     }
@@ -189,10 +189,10 @@ def as_video(frames: Tensor) -> Tensor:
     return frames.permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
 
 
-def as_track(clip: StoredClip) -> AudioTrack:
-    """The sound of a clip, ended."""
+def as_track(audio: Tensor, sample_rate: int) -> AudioTrack:
+    """The sound [n] of a clip, ended."""
     track = AudioTrack()
-    track.push(clip.audio, clip.sample_rate)
+    track.push(audio, sample_rate)
     track.finish()
     return track
 

@@ -56,13 +56,13 @@ class Recipe(trainer.Recipe):
     """The recipe of flow matching.
 
     model: its name in config.MODELS. first_clips: clips encoded before training starts. close_ups: odds of a batch
-    of squares of `close_up` latent cells about the mouths in place of whole frames: more faces for the same time.
+    of squares about the mouths, `close_up` latent cells wide, in place of whole frames: more faces for the same time.
     """
 
     model: str = "tiny"
     first_clips: int = 300
     close_ups: float = 0.7
-    close_up: int = 12
+    close_up: tuple[int, ...] = (8, 12)
 
 
 @dataclass(kw_only=True)
@@ -77,7 +77,7 @@ class Training(trainer.Training[Recipe]):
         common, own = self.draws()
         layout = sample_layout(common, self.policy, self.recipe.mixture)
         (data,) = common.choices(self.data, [len(part) for part in self.data])
-        patch, cells = self.model.config.patch, self.recipe.close_up
+        patch, cells = self.model.config.patch, common.choice(self.recipe.close_up)
         if min(data.latents.shape[-2:]) >= cells and common.random() < self.recipe.close_ups:
             each = cells**2 // (patch[0] * patch[1])
             data = data.close_ups(draw_clips(own, layout, len(data), self.tokens, each), cells, patch, own)
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the embedded transformer on drawn clips.")
     trainer.add_options(parser)
     parser.add_argument("--projector", type=Path, help="projector.safetensors of training.listening")
-    parser.add_argument("--start", type=Path, help="transformer to go on from, e.g. the one in the package")
+    parser.add_argument("--initial", type=Path, help="transformer to go on from, e.g. the one in the package")
     options, recipe = trainer.parse(parser, Recipe, arguments)
     train(
         recipe,
@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.clips,
         options.autoencoder,
         options.projector,
-        options.start,
+        options.initial,
         options.resume,
     )
 

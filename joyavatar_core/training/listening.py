@@ -30,13 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..audio import AudioTrack, LogMel
+from ..audio import LogMel
 from ..config import MODELS, AudioConfig
 from ..geometry import Geometry
 from ..projectors import AudioWindowProjector
 from .augment import augment
-from .common import rate_scale, record
+from .common import kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, motion
+from .encoded import as_track
 from .speech import synthesize
 
 log = logging.getLogger(__name__)
@@ -91,10 +92,7 @@ def listen(seed: int, front_end: LogMel, geometry: Geometry, frames: int = _FRAM
     speech = synthesize(seed, float(frames / geometry.fps), geometry.fps)
     sound = torch.from_numpy(augment(seed, speech.audio, speech.sample_rate))
     columns = torch.tensor([[getattr(pose, name) for name in TRUTH] for pose in motion(seed, speech, frames)])
-    track = AudioTrack()
-    track.push(sound, speech.sample_rate)
-    track.finish()
-    tokens = front_end.features(track, range(geometry.latents_of_frames(frames))).tokens
+    tokens = front_end.features(as_track(sound, speech.sample_rate), range(geometry.latents_of_frames(frames))).tokens
     return Heard(tokens, by_latent(columns, geometry))
 
 
@@ -174,7 +172,7 @@ def _loop(
 
 @torch.no_grad()
 def _follow(average: Listener, listener: Listener, steps: int) -> None:
-    keep = min(_AVERAGE, (1 + steps) / (20 + steps))
+    keep = kept_share(_AVERAGE, steps)
     for slow, fast in zip(average.parameters(), listener.parameters(), strict=True):
         slow.lerp_(fast, 1 - keep)
 

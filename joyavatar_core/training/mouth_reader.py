@@ -43,6 +43,7 @@ from ..measures.mouth_reader import (
     turned,
 )
 from ..measures.statistics import r_squared
+from .clips import SIZES
 from .common import Weights, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
 from .drawn.layers import opencv
@@ -50,7 +51,6 @@ from .speech import synthesize
 
 log = logging.getLogger(__name__)
 
-SIZES = ((256, 256), (320, 192), (192, 320))
 QUANTITIES = ("open", "wide", "teeth", "blink")
 _FRAMES = 8  # of a clip
 _FACE = Crop(120, 112, 60.0)  # what the pool keeps of a frame, upright

@@ -21,6 +21,7 @@ from ..audio import AudioTokens
 from ..autoencoder import LightAutoencoder
 from ..conditioning import ImageChannels, reference_tokens
 from ..geometry import Geometry
+from ..measures import statistics
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Condition, Rollout
@@ -104,8 +105,7 @@ def fit_ruler(patches: Tensor, opening: Tensor, ridge: float = 0.03) -> Tensor:
 
 def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's, 0 where one does not vary."""
-    a, b = a - a.mean(), b - b.mean()
-    return float((a @ b) / (a.norm() * b.norm()).clamp(min=1e-9))
+    return statistics.correlation(a.numpy(), b.numpy())
 
 
 def read_ruler(ruler: Tensor, patches: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""What a run will need: blocks, forwards, memory and disk, worked out before anything is loaded. No weights here.
+
+Counts of forwards and cache bytes are exact; activations, decoding and the video's size are estimates from the shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .config import ModelConfig
+from .geometry import Geometry
+from .policy import RolloutPolicy
+
+_VIDEO_BITS_PER_PIXEL = 0.08  # H.264 at crf 18 of talking heads, measured on the samples: 0.03 to 0.12
+_SOUND_BYTES_PER_SECOND = 12_000
+_WINDOW_COPIES = 12  # tensors of the window's size alive at once in a block of the transformer, its widest layer apart
+_DECODER_FLOATS_PER_PIXEL = 420  # widest layer of Wan2.1's decoder for the four frames of a latent, inputs and outputs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """frames, blocks, forwards: of the clip. cache_bytes: keys and values. work_bytes: the most that one forward, or
+    decoding one block, holds besides. video_bytes: of the file. lookahead_s: sound that must be heard ahead of a frame.
+    """
+
+    frames: int
+    blocks: int
+    forwards: int
+    cache_bytes: int
+    work_bytes: int
+    video_bytes: int
+    lookahead_s: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Besides the weights."""
+        return self.cache_bytes + self.work_bytes
+
+
+def cache_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
+    """Of the keys and values of a rollout: see KVCache."""
+    caches = len(policy.timesteps) if policy.kv_level == "per_step" else 1
+    tokens = policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    return caches * config.layers * 2 * tokens * config.dim * bytes_each
+
+
+def work_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
+    """Activations of the widest forward, or of decoding a block where that is more."""
+    latents = policy.window_blocks * policy.block_latents + policy.motion_frame
+    window = latents * geometry.tokens_per_latent
+    seen = window + policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    transformer = (window * (_WINDOW_COPIES * config.dim + config.ffn_dim) + 4 * seen * config.dim) * bytes_each
+    decoder = geometry.width * geometry.height * _DECODER_FLOATS_PER_PIXEL * bytes_each
+    return max(transformer, decoder)
+
+
+def estimate(
+    config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, seconds: Fraction, bytes_each: int = 2
+) -> Estimate:
+    """Of a clip of so many seconds of sound. bytes_each: of a number in the activations and the cache."""
+    frames = geometry.frames_of_duration(seconds)
+    blocks = geometry.blocks_of_frames(frames)
+    pixels = geometry.width * geometry.height * frames
+    return Estimate(
+        frames=frames,
+        blocks=blocks,
+        forwards=_forwards(policy, blocks),
+        cache_bytes=cache_bytes(config, policy, geometry, bytes_each),
+        work_bytes=work_bytes(config, policy, geometry, bytes_each),
+        video_bytes=round(pixels * _VIDEO_BITS_PER_PIXEL / 8 + float(seconds) * _SOUND_BYTES_PER_SECOND),
+        lookahead_s=float(policy.lead_blocks * len(geometry.frames_of_block(1)) / geometry.fps),
+    )
+
+
+def _forwards(policy: RolloutPolicy, blocks: int) -> int:
+    """Forwards of the model; the steady windows in the middle are all alike."""
+    windows = policy.num_windows(blocks)
+    settled = policy.bootstrap + policy.window_blocks + policy.context_blocks
+    ends = min(windows, settled), max(0, windows - max(settled, windows - policy.window_blocks))
+    first = sum(len(policy.window_steps(w, blocks)) for w in range(ends[0]))
+    last = sum(len(policy.window_steps(w, blocks)) for w in range(windows - ends[1], windows))
+    middle = windows - sum(ends)
+    return first + last + middle * (len(policy.window_steps(ends[0], blocks)) if middle else 0)

@@ -1,0 +1,277 @@
+"""What travels between the nodes: plain values, and lazy streams that start afresh each time they are run through.
+
+A stream holds settings and references, never tensors on a GPU: the weights are loaded by the host when somebody runs
+it, and all memory of the run goes when it ends. So several consumers may share one, and the host may cache it.
+
+Shape legend: H W pixels, T pixel frames, C channels, n sound samples, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..joyavatar_core.audio import AudioFrontEnd, LogMel
+from ..joyavatar_core.avatar import Avatar, Encoded, takes_reference_tokens
+from ..joyavatar_core.estimate import Estimate, estimate
+from ..joyavatar_core.generate import FrameSink, from_uint8, to_uint8
+from ..joyavatar_core.geometry import Geometry
+from ..joyavatar_core.policy import RolloutPolicy
+from ..joyavatar_core.rollout import Reseed
+from ..joyavatar_core.stream import AvatarStream, LatentBlock
+from . import host
+from .host import HostAutoencoder, HostModel
+
+PIECE_SECONDS = 1
+FULL_SIZES = ((512, 512), (480, 832), (832, 480))
+EMBEDDED_SIZES = ((256, 256), (192, 320), (320, 192))
+HINT = "lower the size, local_blocks or steps, choose dtype fp8, or start ComfyUI with --lowvram"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Who speaks: a picture, how it is to be fitted, and what the encoders say of it.
+
+    picture: uint8 [H, W, 3]. fit: crop, pad or region. size: (width, height), None for the one nearest in shape.
+    region: x, y, width, height in the picture's pixels; the rest is only seen again by Paste Back.
+    """
+
+    picture: np.ndarray
+    fit: str = "crop"
+    size: tuple[int, int] | None = None
+    region: tuple[int, int, int, int] | None = None
+    encoded: Encoded = field(default_factory=Encoded)
+    autoencoder: HostAutoencoder | None = None
+
+    @property
+    def seen(self) -> np.ndarray:
+        """The part of the picture that the model gets to see, before it is fitted."""
+        if self.region is None:
+            return self.picture
+        x, y, width, height = self.region
+        return self.picture[y : y + height, x : x + width]
+
+    def fitted(self, width: int, height: int) -> np.ndarray:
+        """uint8 [height, width, 3]."""
+        from ..joyavatar_core.media.picture import fit_picture
+
+        return fit_picture(self.seen, width, height, "pad" if self.fit == "pad" else "crop")
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """(x, y, width, height) of the whole picture that `fitted` shows. ValueError where it shows more than that."""
+        from ..joyavatar_core.media.picture import crop_box
+
+        if self.fit == "pad":
+            raise ValueError("Paste Back needs a Reference that cuts a part out: set its fit to crop or region")
+        x, y, w, h = crop_box(self.seen.shape[1], self.seen.shape[0], width, height)
+        left, top = self.region[:2] if self.region else (0, 0)
+        return left + x, top + y, w, h
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What is said: samples [C, n] float32 at `rate`, and who hears it (None: the model's own log-mel)."""
+
+    samples: Tensor
+    rate: int
+    encoder: host.HearingEncoder | None = None
+    history: float = 8.0
+    layers: str = "last"
+
+    @property
+    def duration(self) -> Fraction:
+        """Seconds."""
+        return Fraction(self.samples.shape[1], self.rate)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, int]]:
+        """Pieces of a second: float32 [C, m] and the rate."""
+        step = PIECE_SECONDS * self.rate
+        for start in range(0, self.samples.shape[1], step):
+            yield self.samples[:, start : start + step].numpy(), self.rate
+
+
+@dataclass(frozen=True)
+class LatentPlan:
+    """A stream of latent blocks, not yet run: model, picture, voice, policy and seed."""
+
+    model: HostModel
+    reference: Reference
+    voice: Voice
+    policy: RolloutPolicy
+    seed: int
+
+    @property
+    def autoencoder(self) -> HostAutoencoder:
+        """What encodes the picture, and decodes where no other VAE is given."""
+        own = self.model.autoencoder or self.reference.autoencoder
+        if own is None:
+            raise ValueError(f"{self.model.name} has no autoencoder: connect Load VAE to the Reference's vae")
+        return own
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Raises ValueError, naming the sizes that fit, for one that does not."""
+        width, height = self.reference.size or self._nearest_size()
+        return Geometry(
+            width,
+            height,
+            block_latents=self.policy.block_latents,
+            spatial=self.autoencoder.patcher.model.spatial,
+            patch=self.model.config.patch,
+        )
+
+    def _nearest_size(self) -> tuple[int, int]:
+        rows, columns = self.reference.seen.shape[:2]
+        sizes = EMBEDDED_SIZES if self.model.name == host.EMBEDDED else FULL_SIZES
+        return min(sizes, key=lambda size: abs(np.log(columns / rows) - np.log(size[0] / size[1])))
+
+    @cached_property
+    def picture(self) -> np.ndarray:
+        """uint8 [H, W, 3] as the model sees it."""
+        return self.reference.fitted(self.geometry.width, self.geometry.height)
+
+    def estimate(self) -> Estimate:
+        return estimate(
+            self.model.config, self.policy, self.geometry, self.voice.duration, torch.finfo(self.model.dtype).bits // 8
+        )
+
+    def check(self) -> None:
+        """Raises ValueError, in one sentence that names the remedy, for parts that do not go together."""
+        config, encoded = self.model.config, self.reference.encoded
+        if self.autoencoder.channels != config.out_channels:
+            raise ValueError(
+                f"{self.autoencoder.name} has {self.autoencoder.channels} latent channels, {self.model.name} makes "
+                f"{config.out_channels}: connect the VAE that the model was trained with"
+            )
+        if config.text_dim and encoded.text is None:
+            raise ValueError(f"{self.model.name} needs text: connect CLIP Text Encode to the Reference's conditioning")
+        if config.text_dim and encoded.text is not None and encoded.text.shape[-1] != config.text_dim:
+            raise ValueError(
+                f"the conditioning has {encoded.text.shape[-1]} channels, {self.model.name} takes {config.text_dim}: "
+                "load the umT5 text encoder with CLIP type wan"
+            )
+        if config.image_dim and not takes_reference_tokens(config) and encoded.image is None:
+            raise ValueError(f"{self.model.name} needs CLIP vision: connect CLIP Vision Encode to the Reference")
+        self._check_hearing()
+        _ = self.geometry
+
+    def _check_hearing(self) -> None:
+        audio = self.model.config.audio
+        if audio is None or audio.kind == "window":
+            return
+        if self.voice.encoder is None:
+            raise ValueError(
+                f"{self.model.name} listens through wav2vec2: connect Audio Encoder Loader to the Audio Encoder node"
+            )
+        config = self.voice.encoder.config
+        channels = config.hidden_size * (config.num_hidden_layers + 1 if self.voice.layers == "all" else 1)
+        if channels != audio.features:
+            raise ValueError(
+                f"the audio encoder gives {channels} channels, {self.model.name} takes {audio.features}: load another "
+                "wav2vec2 model, or change `layers` of the Audio Encoder node"
+            )
+
+    @contextmanager
+    def run(self, decoder: HostAutoencoder | None = None, reseed: Reseed | None = None) -> Iterator[AvatarStream]:
+        """A fresh stream with its weights loaded; everything it held is let go at the end."""
+        encoder, hearing = self.autoencoder, self.voice.encoder
+        users = [self.model, encoder, *([decoder] if decoder else []), *([hearing] if hearing else [])]
+        with host.loaded([u.patcher for u in users], self.estimate().memory_bytes, HINT):
+            avatar = Avatar(
+                self.model.patcher.model.diffusion_model,
+                encoder.module,
+                self._front_end,
+                host.device_of(self.model.patcher),
+                self.model.dtype,
+                self.geometry.fps,
+            )
+            yield avatar.stream(
+                from_uint8(self.picture),
+                self.policy,
+                self.seed,
+                self.reference.encoded,
+                decoder.module if decoder else None,
+                host.check_interrupt,
+                reseed,
+            )
+
+    def _front_end(self, geometry: Geometry) -> AudioFrontEnd:
+        audio = self.model.config.audio
+        if audio is None or audio.kind == "window" or self.voice.encoder is None:
+            return LogMel(geometry)
+        from ..joyavatar_core.wav2vec import Wav2Vec2Windows
+
+        layers: Any = self.voice.layers
+        return Wav2Vec2Windows(self.voice.encoder, geometry, self.voice.history, layers=layers)  # pyright: ignore
+
+    def __iter__(self) -> Iterator[LatentBlock]:
+        """The blocks of a fresh run."""
+        with self.run() as stream:
+            for samples, rate in self.voice:
+                yield from stream.latents.feed(torch.from_numpy(samples), rate)
+            yield from stream.latents.finish()
+
+
+@dataclass(frozen=True)
+class FramePlan:
+    """A stream of pixel frames, not yet run. feather: see media.paste.Paste; None: nothing is pasted back."""
+
+    latents: LatentPlan
+    decoder: HostAutoencoder
+    feather: float | None = None
+
+    @cached_property
+    def paste(self) -> Any:
+        """The Paste, or None."""
+        if self.feather is None:
+            return None
+        from ..joyavatar_core.media.paste import Paste, Region
+
+        geometry, reference = self.latents.geometry, self.latents.reference
+        return Paste(reference.picture, Region(*reference.box(geometry.width, geometry.height)), self.feather)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the frames."""
+        return self.paste.size if self.paste else (self.latents.geometry.width, self.latents.geometry.height)
+
+    def run(self, reseed: Reseed | None = None) -> Any:
+        """Context manager of a fresh AvatarStream; its frames are those before pasting."""
+        return self.latents.run(self.decoder, reseed)
+
+    def finished(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [T, h, w, 3] of the model -> as they are shown."""
+        return self.paste(frames) if self.paste else frames
+
+    def into(self, sink: FrameSink) -> FrameSink:
+        """A sink that takes the model's frames and passes on finished ones."""
+        return _Finishing(self, sink) if self.paste else sink
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Finished frames uint8 [T, H, W, 3] of a fresh run, a block at a time."""
+        with self.run() as stream:
+            for samples, rate in self.latents.voice:
+                for frames in stream.feed(torch.from_numpy(samples), rate):
+                    yield self.finished(to_uint8(frames))
+            for frames in stream.finish():
+                yield self.finished(to_uint8(frames))
+
+
+@dataclass(frozen=True)
+class _Finishing:
+    plan: FramePlan
+    sink: FrameSink
+
+    def write(self, frames: np.ndarray) -> None:
+        self.sink.write(self.plan.finished(frames))
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        self.sink.write_audio(samples)

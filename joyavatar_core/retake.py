@@ -10,15 +10,15 @@ Shape legend: T pixel frames, H W pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
 
 from .generate import Chunks, FrameSink, Progress, Resume, StateShelf, generate
 from .geometry import Geometry
+from .media.mp4 import source_frames
 from .media.writer import VideoWriter
 from .policy import RolloutPolicy
 from .stream import AvatarStream
@@ -76,7 +76,7 @@ def retake(
     stream: with Rollout.reseed for the part's blocks. blend: frames that fade, at each end that is not an end of the
     video. finished: from the model's frames to those of the video.
     """
-    old = list(_frames_of(base, part, writer))
+    old = list(source_frames(base, writer.layout, part.frames))
     sink = _Replacing(part, writer, old, blend, finished)
     progress = Progress()
 
@@ -133,19 +133,3 @@ class _Replacing:
             return frame
         mixed = new * frame.astype(np.float32) + (1 - new) * self.old[index]
         return np.rint(mixed).astype(np.uint8)
-
-
-def _frames_of(base: Path, part: Part, writer: VideoWriter) -> Iterator[np.ndarray]:
-    """The part's old frames, uint8 [H, W, 3]: of each source frame its first showing."""
-    layout = writer.layout
-    wanted = [layout.outputs(frame) for frame in part.frames]
-    with av.open(str(base.absolute())) as container:
-        video = container.streams.video[0]
-        container.seek(int(wanted[0] / layout.output_fps / video.time_base), stream=video, backward=True)  # pyright: ignore
-        for frame in container.decode(video):
-            index = round(frame.pts * frame.time_base * layout.output_fps)  # pyright: ignore
-            if index > wanted[-1]:
-                return
-            if index in wanted:
-                rgb = frame.reformat(format="rgb24", src_colorspace="ITU709", src_color_range="MPEG")  # pyright: ignore
-                yield rgb.to_ndarray()

@@ -19,10 +19,11 @@ LONGEST_FUNCTION = 80
 LAYERS = [
     {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint"},
     {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors"},
-    {"model", "wav2vec"},
+    {"model", "wav2vec", "estimate"},
     {"rollout", "plain"},
     {"stream"},
     {"avatar", "generate", "measures", "media"},
+    {"retake"},
     {"cli", "training"},
 ]
 IO_LIBRARIES = {"av", "cv2", "PIL", "tqdm"}

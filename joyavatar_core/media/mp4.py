@@ -391,6 +391,23 @@ def finished_video(path: Path) -> Finished:
         raise MediaError(f"{path}: is not a finished video of this program") from None
 
 
+def source_frames(path: Path, layout: Layout, frames: range) -> Iterator[np.ndarray]:
+    """Source frames of a finished video, uint8 [H, W, 3] RGB: of each its first showing."""
+    wanted = [layout.outputs(frame) for frame in frames]
+    with av.open(str(path.absolute())) as container:
+        video = container.streams.video[0]
+        assert video.time_base
+        container.seek(int(wanted[0] / layout.output_fps / video.time_base), stream=video, backward=True)
+        for frame in container.decode(video):
+            assert frame.pts is not None and frame.time_base
+            index = round(frame.pts * frame.time_base * layout.output_fps)
+            if index > wanted[-1]:
+                return
+            if index in wanted:
+                rgb = frame.reformat(format="rgb24", src_colorspace="ITU709", src_color_range="MPEG")  # pyright: ignore
+                yield rgb.to_ndarray()
+
+
 def _annex_b(data: bytes) -> bytes:
     """H.264 with the lengths that MP4 puts before its units replaced by start codes, as an encoder gives it."""
     units, at = [], 0

@@ -16,6 +16,8 @@ const SMALLEST_HEIGHT = 300;
 const FIRST_SIZE = [400, 0];
 const FIRST_PREVIEW_HEIGHT = 420;
 const MOST_RUNS = 200;
+/** The id of a workflow that was never saved or loaded. */
+const NO_WORKFLOW = "00000000-0000-0000-0000-000000000000";
 
 /** Panels by node. */
 const panels = new Map();
@@ -39,10 +41,10 @@ function fileUrl({ filename, subfolder, type }) {
   return api.apiURL(`/view?${query}`);
 }
 
-/** Whether a run belongs to the workflow on the screen; where the server does not say of which it is, node ids decide. */
+/** Whether a run belongs to the workflow on the screen; where either has no id of its own, node ids decide. */
 function isOfThisWorkflow(detail) {
-  const id = rootGraph(app)?.id;
-  return !detail.workflow || !id || detail.workflow === id;
+  const [ran, shown] = [detail.workflow, rootGraph(app)?.id];
+  return !ran || !shown || ran === NO_WORKFLOW || shown === NO_WORKFLOW || ran === shown;
 }
 
 function panelOf(detail) {
@@ -150,6 +152,9 @@ function addPanel(node) {
   node.setSize([Math.max(least[0], FIRST_SIZE[0]), least[1] - SMALLEST_HEIGHT + FIRST_PREVIEW_HEIGHT]);
 }
 
+// Before `setup`: a run may go on while the page loads, and the host warns of events that nobody listens to.
+api.addEventListener(EVENT, ({ detail }) => onProgress(detail));
+
 app.registerExtension({
   name: "joyavatar.live",
 
@@ -183,7 +188,6 @@ app.registerExtension({
 
   setup() {
     addStyle();
-    api.addEventListener(EVENT, ({ detail }) => onProgress(detail));
     api.addEventListener("reconnected", restore);
     restore();
   },

@@ -252,7 +252,7 @@ def loaded(patchers: Sequence[Any], working_bytes: int, hint: str) -> Iterator[N
     mm.load_models_gpu([p for i, p in enumerate(patchers) if p not in patchers[:i]], memory_required=working_bytes)
     try:
         yield
-    except mm.OOM_EXCEPTION:
+    except torch.cuda.OutOfMemoryError:
         logger.error("out of memory: %s", hint)
         raise
     finally:

@@ -211,6 +211,10 @@ class FolderOfAudio(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, folder: str, limit: int) -> Any:
+        return _fingerprint(folder, "audio", limit)
+
+    @classmethod
     def execute(cls, folder: str, limit: int) -> io.NodeOutput:
         paths = _files(folder, "audio", limit)
         return io.NodeOutput([read_audio(path) for path in paths], [path.stem for path in paths])
@@ -225,6 +229,10 @@ class FolderOfImages(io.ComfyNode):
             "All pictures of a folder under input, one after the other: what follows runs once for each.",
             io.Image.Output("image", is_output_list=True),
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, limit: int) -> Any:
+        return _fingerprint(folder, "image", limit)
 
     @classmethod
     def execute(cls, folder: str, limit: int) -> io.NodeOutput:
@@ -269,6 +277,11 @@ def _files(folder: str, kind: str, limit: int) -> list[Path]:
     if not names:
         raise ValueError(f"the folder {folder!r} holds no {kind} files: put some there")
     return [place / name for name in names][: limit or None]
+
+
+def _fingerprint(folder: str, kind: str, limit: int) -> list[tuple[str, int]]:
+    """What changes when the files do."""
+    return [(path.name, path.stat().st_mtime_ns) for path in _files(folder, kind, limit)]
 
 
 def read_image(path: Path) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
@@ -17,7 +18,7 @@ from ..joyavatar_core import retake as retakes
 from ..joyavatar_core.checkpoint import CheckpointError
 from ..joyavatar_core.generate import Progress, Resume, StateShelf, generate
 from ..joyavatar_core.media import MediaError
-from ..joyavatar_core.media.mp4 import PRESETS, finished_video
+from ..joyavatar_core.media.mp4 import PRESETS, Part, finished_video
 from ..joyavatar_core.media.writer import VideoWriter, part_path
 from ..joyavatar_core.rollout import Reseed
 from . import host
@@ -28,6 +29,7 @@ from .streams import FramePlan
 logger = logging.getLogger(__name__)
 
 STATE, SHELF = ".state.safetensors", ".states"
+RETAKE_OF = "joyavatar_retake_of"
 
 
 class StreamToVideo(io.ComfyNode):
@@ -104,8 +106,11 @@ class StreamToVideo(io.ComfyNode):
         retake_every: float = 10.0,
     ) -> io.NodeOutput:
         place = Place.of(filename_prefix, frames.size)
-        options = {"output_fps": Fraction(fps).limit_denominator(1001) if fps else None, "crf": crf, "preset": preset}
-        path = (place.unfinished(frames, options) if resume else None) or place.next_file()
+        rate = Fraction(fps).limit_denominator(1001) if fps else frames.latents.geometry.fps
+        options = {"output_fps": rate, "crf": crf, "preset": preset}
+        path = (
+            place.unfinished(lambda part: _begun_by(part, frames, options)) if resume else None
+        ) or place.next_file()
         job = Job(frames, path, place, options, str(cls.hidden.unique_id), _tags(cls.hidden))
         with job.session(retake_every > 0) as session:
             job.run(session, path.with_suffix(STATE), retake_every, go_on=part_path(path).exists())
@@ -162,9 +167,10 @@ class Retake(io.ComfyNode):
         place = Place.beside(base)
         path = place.next_file()
         options = {"output_fps": layout.output_fps, "crf": layout.crf, "preset": layout.preset, "base": base}
-        job = Job(frames, path, place, options, str(cls.hidden.unique_id), _tags(cls.hidden))
-        with job.session(retake=False, part=part) as session:
-            job.retake(session, part, seed, blend, StateShelf(_shelf_of(base), 0))
+        first = base.with_name(Path(found.tags.get(RETAKE_OF, base.name)).name)  # the video that the states are of
+        job = Job(frames, path, place, options, str(cls.hidden.unique_id), _tags(cls.hidden) | {RETAKE_OF: first.name})
+        with job.session(retake=True, part=part) as session:
+            job.retake(session, part, seed, blend, StateShelf(_shelf_of(first), 0))
         return _result(session, path)
 
 
@@ -204,19 +210,20 @@ class Place:
 
     def next_file(self) -> Path:
         """NAME_00001_.mp4 and so on, as the host counts; names of unfinished and cancelled files are taken too."""
-        taken = [p.name[len(self.name) + 1 :].split("_")[0] for p in self.folder.glob(f"{self.name}_*")]
+        taken = [p.name[len(self.name) + 1 :].split("_")[0] for p in self._files("*")]
         number = 1 + max((int(word) for word in taken if word.isdigit()), default=0)
         return self.folder / f"{self.name}_{number:05}_.mp4"
 
-    def unfinished(self, frames: FramePlan, options: dict[str, Any]) -> Path | None:
-        """The newest file that a run of these settings left unfinished, with a state to go on from."""
-        del options  # a part of another crf or preset is refused by the writer, in words
-        parts = sorted(self.folder.glob(f"{self.name}_*.part.mp4"), key=lambda p: p.stat().st_mtime, reverse=True)
-        for part in parts:
+    def unfinished(self, ours: Callable[[Path], bool]) -> Path | None:
+        """The newest unfinished file, with a state to go on from, that is `ours`."""
+        for part in sorted(self._files("*.part.mp4"), key=lambda p: p.stat().st_mtime, reverse=True):
             path = part.with_name(part.name.removesuffix(".part.mp4") + ".mp4")
-            if path.with_suffix(STATE).exists() and _settings_of(part) == _settings(frames):
+            if path.with_suffix(STATE).exists() and ours(part):
                 return path
         return None
+
+    def _files(self, ending: str) -> list[Path]:
+        return list(self.folder.glob(f"{glob.escape(self.name)}_{ending}"))
 
     def saved(self, path: Path) -> dict[str, str]:
         """How the host names a file under output."""
@@ -345,15 +352,15 @@ def _settings(frames: FramePlan) -> dict[str, str]:
     }
 
 
-def _settings_of(path: Path) -> dict[str, str] | None:
-    """What a file of ours says of its making; None for any other file."""
-    import av
-
+def _begun_by(part: Path, frames: FramePlan, options: dict[str, Any]) -> bool:
+    """Whether a run of these settings, into a file like that, left this part."""
     try:
-        with av.open(str(path.absolute())) as container:
-            return json.loads(container.metadata["settings"])
-    except (OSError, ValueError, KeyError, av.FFmpegError):
-        return None
+        begun = Part.read(part)
+    except MediaError:
+        return False
+    asked = {key: value for key, value in options.items() if value is not None}
+    same_file = all(getattr(begun.layout, key) == value for key, value in asked.items())
+    return same_file and json.loads(begun.tags.get("settings", "{}")) == _settings(frames)
 
 
 def _tags(hidden: Any) -> dict[str, str]:

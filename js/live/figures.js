@@ -48,7 +48,7 @@ function figuresOfTheEnd(detail, words) {
     { label: words("length"), text: made < 60 ? inSeconds(made, words) : clock(made) },
     { label: words("frames"), text: number(detail.frames, 0) },
     { label: words("took"), text: isNumber(detail.elapsed_s) ? took(detail.elapsed_s, words) : NOTHING },
-    { label: words("speed"), text: speed ? words("realTime", speed.toFixed(speed < 10 ? 2 : 0)) : NOTHING },
+    { label: words("speed"), text: speed ? words("times", speed.toFixed(speed < 10 ? 2 : 0)) : NOTHING },
   ];
 }
 

@@ -182,7 +182,7 @@ export class Panel {
 
   #refresh() {
     this.#refreshStage();
-    this.strip.element.hidden = !this.settings.strip();
+    this.strip.element.hidden = this.detail === null || !this.settings.strip();
     this.strip.show(this.detail, this.player.time);
     this.#refreshFigures();
     this.#refreshFoot();
@@ -200,7 +200,7 @@ export class Panel {
     this.play.hidden = !canPlay || player.isPlaying;
     this.#refreshSound();
     this.#swapIcon(this.smallPlay, player.isPlaying ? "pause" : "play", words(player.isPlaying ? "pause" : "play"));
-    const length = detail ? lengthOf(detail) : player.video.duration;
+    const length = detail && !isOver(detail) ? lengthOf(detail) : player.video.duration;
     setText(this.time, Number.isFinite(length) ? `${clock(player.time)} / ${clock(length)}` : clock(player.time));
     this.#refreshBadge(isThere);
   }

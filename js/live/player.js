@@ -3,6 +3,7 @@
 const RETRIES = 5;
 const CHANGE_OVER_LIMIT_MS = 4000;
 const LEAD_SECONDS = 0.25;
+const AT_END_SECONDS = 0.15;
 
 /**
  * stage: the element that holds the <video>. onChange: called when anything that is shown may have changed.
@@ -65,7 +66,7 @@ export class Player {
   start() {
     this.started = true;
     this.#load();
-    if (this.wantsPlay && this.loaded && this.video.paused && !this.video.ended) this.#play(this.video);
+    if (this.wantsPlay && this.loaded && this.video.paused && !this.#isAtEnd(this.video)) this.#play(this.video);
   }
 
   /** A new run: back to what the settings say about autoplay. */
@@ -81,7 +82,7 @@ export class Player {
       return;
     }
     this.wantsPlay = true;
-    if (Number.isFinite(video.duration) && video.currentTime >= video.duration - 0.1 && !this.isStream) video.currentTime = 0;
+    if (this.#isAtEnd(video) && !this.isStream) video.currentTime = 0;
     this.#play(video);
   }
 
@@ -89,7 +90,7 @@ export class Player {
     this.wantsSound = this.video.muted;
     this.video.muted = !this.wantsSound;
     // The click is what lets a browser play sound: use it.
-    if (this.wantsSound && this.wantsPlay && this.video.paused && !this.video.ended) this.#play(this.video);
+    if (this.wantsSound && this.wantsPlay && this.video.paused && !this.#isAtEnd(this.video)) this.#play(this.video);
     this.onChange();
   }
 
@@ -170,7 +171,9 @@ export class Player {
     await happens(fresh, "seeked");
     await until(() => !moves() || old.currentTime >= fresh.currentTime - 0.03);
     if (!isCurrent()) return;
-    if (moves() || (this.wantsPlay && !old.ended)) await this.#play(fresh);
+    // The growing file may have ended early, by a lost connection or a viewer that was late.
+    const goesOn = () => this.wantsPlay && !this.#isAtEnd(fresh);
+    if (goesOn()) await this.#play(fresh);
     await frameOf(fresh);
     if (!isCurrent()) return;
     this.next = null;
@@ -181,8 +184,15 @@ export class Player {
     if (!this.wantsPlay) fresh.pause();
     discard(old);
     // Some browsers pause an element that is unmuted without a click on it.
-    if (this.wantsPlay && fresh.paused && !fresh.ended) this.#play(fresh);
+    if (fresh.paused && goesOn()) this.#play(fresh);
     this.onChange();
+  }
+
+  /** Playing on would begin again from the start. */
+  #isAtEnd(video) {
+    if (video.ended) return true;
+    const isFile = video.duration > 0 && !this.isStream;
+    return isFile && video.currentTime >= video.duration - AT_END_SECONDS;
   }
 
   async #play(video) {

@@ -216,11 +216,14 @@ export class Strip {
     const { detail } = this;
     if (!detail) return [[0, width + GAP]];
     const blocks = blocksOf(detail);
-    const count = Math.max(1, Math.min(blocks, Math.floor(width / SMALLEST_CELL)));
+    const most = Math.max(1, Math.floor(width / SMALLEST_CELL));
+    // As many blocks in every group: uneven cells would look like gaps.
+    const group = Math.ceil(blocks / most);
+    const count = Math.ceil(blocks / group);
     const length = lengthOf(detail);
     const at = (cell) => {
       if (cell === count) return width + GAP;
-      return (Math.min(edgeOf(detail, Math.floor((cell * blocks) / count)), length) / length) * width;
+      return (Math.min(edgeOf(detail, cell * group), length) / length) * width;
     };
     return Array.from({ length: count }, (_, cell) => [at(cell), at(cell + 1)]).filter(([left, right]) => right - left > 0.5);
   }
@@ -230,13 +233,13 @@ export class Strip {
     const at = (seconds) => Math.min(width, Math.max(0, (seconds / length) * width));
     if (this.span) {
       const [left, right] = [at(this.span.start), at(this.span.end)];
-      pen.globalAlpha = 0.45;
-      pen.fillStyle = colour("span");
+      pen.globalAlpha = 0.4;
+      pen.fillStyle = "#fff";
       pen.fillRect(left, 1, right - left, height - 2);
       pen.globalAlpha = 1;
       pen.strokeStyle = colour("span");
-      pen.lineWidth = 1.5;
-      pen.strokeRect(left + 0.75, 1.75, Math.max(2, right - left - 1.5), height - 3.5);
+      pen.lineWidth = 2;
+      pen.strokeRect(left + 1, 2, Math.max(2, right - left - 2), height - 4);
     }
     if (this.hover !== null) {
       pen.globalAlpha = 0.5;

@@ -13,7 +13,7 @@ const CSS = `
   --joyavatar-to-come: color-mix(in srgb, var(--joyavatar-quiet) 30%, transparent);
   --joyavatar-span: var(--warning-background, #eab308);
   --joyavatar-head: var(--joyavatar-text);
-  --joyavatar-bad: var(--destructive-background, #e5484d);
+  --joyavatar-bad: color-mix(in srgb, var(--destructive-background, #e5484d) 72%, var(--joyavatar-text));
   display: flex;
   flex-direction: column;
   gap: 6px;

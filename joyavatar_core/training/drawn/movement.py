@@ -1,7 +1,7 @@
 """Motion of head, gaze, lids and brows that goes with a speech.
 
-Much of it can be heard, so that it can be learnt: heads nod and brows rise with stress, heads settle at pauses, lids
-often fall where a phrase ends and on strong stress. The rest is slow sway and chance.
+Most of it can be heard, so that it can be learnt: heads nod and brows rise with stress, heads settle at pauses, lids
+fall where a phrase ends. The rest is slow sway and chance.
 
 Shape legend: T pixel frames.
 """
@@ -21,12 +21,13 @@ Track = NDArray[np.float64]
 _PAUSE = 0.14  # seconds of silence that end a phrase
 _LEAST_GAP = 1.4  # seconds between blinks
 _BLINK = 0.30  # seconds from open to open
+_BLINK_AFTER = 0.25  # seconds from the start of a pause that lasts so long
 
 
 def motion(seed: int, speech: Speech, frames: int) -> tuple[Pose, ...]:
     """Poses of `frames` frames: lips from the speech (its last frame is held), the rest from its stress and pauses.
 
-    The head's motion follows the smoothed stress by 40 ms; its sway has a deviation of about 0.05 half face heights.
+    The head's motion follows the smoothed stress by 40 ms; its sway has a deviation of about 0.025 half face heights.
     """
     rng = np.random.default_rng((seed, 3))
     fps = float(speech.fps)
@@ -35,17 +36,17 @@ def motion(seed: int, speech: Speech, frames: int) -> tuple[Pose, ...]:
     talking = _smooth(1.0 - _inside(pauses, frames, fps), 0.25 * fps)
     lively = rng.uniform(0.6, 1.3)
     sway = lively * np.stack([_sway(rng, frames, fps, s) for s in (1.8, 1.8, 2.2, 2.6, 1.5)])
-    nod, lean = lively * rng.uniform(0.06, 0.1), lively * rng.choice((-1, 1)) * rng.uniform(0.02, 0.06)
+    nod, lean = lively * rng.uniform(0.14, 0.22), lively * rng.choice((-1, 1)) * rng.uniform(0.06, 0.12)
     breath = np.sin(2 * np.pi * (rng.uniform(0.2, 0.3) * np.arange(frames) / fps + rng.random()))
     gaze = _glances(rng, pauses, frames, fps)
     columns = np.stack(
         [
             *(speech.open[at], speech.wide[at], speech.teeth[at], _blinks(rng, speech, pauses, frames)),
             *(gaze[:, 0], gaze[:, 1], np.clip(0.2 * sway[4] + 0.95 * stress - 0.1, -1, 1)),
-            np.clip(0.04 * sway[0] + lean * (stress - 0.3), -0.13, 0.13),
-            np.clip(0.015 * sway[1] + nod * stress - 0.035 * talking + 0.006 * breath, -0.07, 0.08),
-            np.clip(0.028 * sway[2] + 0.5 * lean * (stress - 0.3), -0.09, 0.09),
-            np.clip(1 + 0.01 * sway[3] + 0.014 * (talking - 0.7), 0.965, 1.035),
+            np.clip(0.012 * sway[0] + lean * (stress - 0.3), -0.13, 0.13),
+            np.clip(0.006 * sway[1] + nod * stress - 0.035 * talking + 0.006 * breath, -0.07, 0.12),
+            np.clip(0.009 * sway[2] + 0.5 * lean * (stress - 0.3), -0.09, 0.09),
+            np.clip(1 + 0.006 * sway[3] + 0.014 * (talking - 0.7), 0.965, 1.035),
         ],
         axis=1,
     )
@@ -84,14 +85,11 @@ def _sway(rng: np.random.Generator, frames: int, fps: float, seconds: float) -> 
 def _blinks(rng: np.random.Generator, speech: Speech, pauses: list[tuple[float, float]], frames: int) -> Track:
     """[T] 10 to 25 blinks a minute, the lids shut for two frames or more at 16 a second.
 
-    They fall where pauses begin (six of ten pauses), on peaks of stress (one of ten), and at random in long gaps.
+    They fall early in the pauses, and at random where there was none for long.
     """
     fps = float(speech.fps)
-    stress = speech.stress[:frames]
-    peaks = np.flatnonzero((stress[1:-1] > 0.6) & (stress[1:-1] >= stress[:-2]) & (stress[1:-1] > stress[2:])) + 1
-    wanted = [a + rng.uniform(0.0, 0.1) for a, _ in pauses if rng.random() < 0.6]
-    wanted += [float(p) / fps for p in peaks if rng.random() < 0.1]
-    at, chance = 0.0, rng.uniform(4.0, 9.0)
+    wanted = [a + _BLINK_AFTER for a, b in pauses if b - a > _BLINK_AFTER]
+    at, chance = 0.0, rng.uniform(6.0, 12.0)
     while at < frames / fps:
         at += 1.0 + rng.exponential(chance)
         wanted.append(at)

@@ -1,0 +1,281 @@
+"""Videos made inside a real ComfyUI: length, cancel, crash and resume, retake, LoRA, batches, errors, and the same bits
+as the command line. Small pictures and short sounds; see test_comfyui.py for how to run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+import urllib.request
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from .comfyui_host import ROOT, Host, HostError
+
+pytestmark = pytest.mark.comfyui
+
+RATE, SIDE = 16000, 64
+SAMPLER = {
+    "seed": 3, "policy": "joyavatar-flash", "steps": 0, "psb": "policy", "mci": "policy", "urcr": "policy",
+    "rope_limit": 0, "sink_blocks": -1, "local_blocks": -1, "kv_level": "policy",
+}  # fmt: skip
+REGION = {"region_x": 0, "region_y": 0, "region_width": 0, "region_height": 0}
+WRITER = {"fps": 0.0, "crf": 1, "preset": "ultrafast", "resume": True, "retake_every": 1.5}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set: give the folder of a ComfyUI to test against")
+    with Host(options=["--use-pytorch-cross-attention"]) as running:
+        for name, seconds in (("short.wav", 3.2), ("long.wav", 40.0), ("many/a.wav", 1.0), ("many/b.wav", 1.5)):
+            write_sound(running.base / "input" / name, seconds)
+        (running.base / "models" / "loras").mkdir(parents=True, exist_ok=True)
+        write_lora(running.base / "models" / "loras" / "ours.safetensors", rows=256)
+        write_lora(running.base / "models" / "loras" / "other.safetensors", rows=320)
+        running.restart()  # so that the lists of files are new
+        yield running
+
+
+def write_sound(path: Path, seconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time_ = np.arange(round(seconds * RATE)) / RATE
+    sound = np.sin(2 * np.pi * 150 * time_) * (0.5 + 0.5 * np.sin(2 * np.pi * 3 * time_)) * 12000
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(sound.astype("<i2").tobytes())
+
+
+def write_lora(path: Path, rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "diffusion_model.blocks.1.self_attn.v"
+    save_file(
+        {
+            f"{name}.lora_A.weight": torch.randn(4, rows, generator=generator) * 0.2,
+            f"{name}.lora_B.weight": torch.randn(rows, 4, generator=generator) * 0.2,
+        },
+        path,
+    )
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def stream(audio: str = "short.wav", sampler: dict[str, Any] | None = None, **reference: Any) -> dict[str, Any]:
+    """A prompt up to the decoded frames: node 6. 1 picture, 2 model, 3 reference, 4 voice, 5 sampler, 9 sound."""
+    size = {"fit": "crop", "size": "custom", "width": SIDE, "height": SIDE, **REGION, **reference}
+    return {
+        "1": node("JoyAvatarSample", picture="demo", voice="demo"),
+        "2": node("JoyAvatarLoadModel", model="embedded", dtype="auto"),
+        "3": node("JoyAvatarReference", image=["1", 0], **size),
+        "9": node("LoadAudio", audio=audio),
+        "4": node("JoyAvatarAudioEncoder", audio=["9", 0], history=8.0, layers="last"),
+        "5": node(
+            "JoyAvatarStreamingSampler", model=["2", 0], reference=["3", 0], voice=["4", 0], **SAMPLER | (sampler or {})
+        ),
+        "6": node("JoyAvatarStreamDecode", latents=["5", 0]),
+    }
+
+
+def video(name: str, frames: str = "6", **options: Any) -> dict[str, Any]:
+    return {"7": node("JoyAvatarStreamToVideo", frames=[frames, 0], filename_prefix=f"t/{name}", **WRITER | options)}
+
+
+def file_of(host: Host, entry: dict[str, Any], number: str = "7") -> Path:
+    (found,) = entry["outputs"][number]["images"]
+    return host.base / "output" / found["subfolder"] / found["filename"]
+
+
+def frames_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def wait_until(condition: Any, seconds: float = 120) -> Any:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with contextlib.suppress(HostError, OSError):
+            if found := condition():
+                return found
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def session(host: Host, state: str) -> dict[str, Any] | None:
+    return next((s for s in reversed(host.get("/joyavatar/sessions")) if s["state"] == state), None)
+
+
+def test_a_video_as_long_as_its_sound_once(host: Host) -> None:
+    entry = host.run({**stream(), **video("plain")})
+    path = file_of(host, entry)
+    assert len(frames_of(path)) == round(3.2 * 16)
+    (detail,) = entry["outputs"]["7"]["joyavatar"]
+    assert detail["state"] == "done" and detail["frames"] == 51 and detail["file"]["filename"] == path.name
+    again = host.run({**stream(), **video("plain")})
+    assert file_of(host, again) == path, "nothing changed: nothing runs again"
+    assert sorted(p.name for p in path.parent.glob("plain*.mp4")) == [path.name]
+    with av.open(str(path)) as container:
+        tags = container.metadata
+        assert container.streams.audio[0].codec_context.name == "aac"
+    assert json.loads(tags["prompt"])["5"]["class_type"] == "JoyAvatarStreamingSampler"
+    assert tags["ai_generated"] == "true"
+
+
+def test_two_consumers_of_one_stream(host: Host) -> None:
+    prompt = {
+        **stream(sampler={"seed": 5}),
+        **video("twice"),
+        "8": node("JoyAvatarCollectFrames", frames=["6", 0], limit_gb=1.0),
+    }
+    prompt["10"] = node("SaveImage", images=["8", 0], filename_prefix="t/frame")
+    entry = host.run(prompt)
+    images = [host.base / "output" / i["subfolder"] / i["filename"] for i in entry["outputs"]["10"]["images"]]
+    frames = frames_of(file_of(host, entry))
+    assert len(images) == len(frames) == 51
+    from PIL import Image
+
+    first = np.asarray(Image.open(images[20]))
+    assert np.abs(first.astype(int) - frames[20]).mean() < 4  # H.264 lies between
+
+
+def test_the_same_bits_as_the_command_line(host: Host, tmp_path: Path) -> None:
+    path = file_of(host, host.run({**stream(), **video("bits")}))
+    voice, out = host.base / "input" / "short.wav", tmp_path / "cli.mp4"
+    picture = ROOT / "joyavatar_core" / "assets" / "samples" / "demo.png"
+    command = [host.python, "-m", "joyavatar_core.cli.main", "generate", "--image", str(picture), "--audio", str(voice)]
+    command += ["--output", str(out), "--size", f"{SIDE}x{SIDE}", "--seed", "3"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    mine, theirs = frames_of(path).astype(float), frames_of(out).astype(float)
+    assert mine.shape == theirs.shape
+    error = np.square(mine - theirs).mean()
+    assert error < 255**2 / 10**4.5 and np.abs(mine - theirs).max() < 32, f"mean squared error {error}"  # crf differs
+
+
+def test_cancel_keeps_whole_blocks_and_the_host(host: Host) -> None:
+    prompt = host.submit({**stream("long.wav"), **video("cancel")})
+    wait_until(lambda: (s := session(host, "running")) and s["blocks"] >= 6)
+    host.interrupt()
+    with pytest.raises(HostError) as caught:
+        host.wait(prompt)
+    assert caught.value.interrupted
+    detail = wait_until(lambda: session(host, "cancelled"))
+    path = host.base / "output" / "t" / detail["file"]["filename"]
+    frames = len(frames_of(path))
+    assert frames == detail["frames"] == 9 + 12 * (detail["blocks"] - 1)
+    assert not list(path.parent.glob("cancel*.part.mp4")) and not list(path.parent.glob("cancel*.state.safetensors"))
+    assert file_of(host, host.run({**stream(sampler={"seed": 6}), **video("after")})).exists()
+
+
+def test_the_growing_file_is_served_and_plays(host: Host, tmp_path: Path) -> None:
+    prompt = host.submit({**stream("long.wav", sampler={"seed": 8}), **video("live")})
+    detail = wait_until(lambda: (s := session(host, "running")) and s["blocks"] >= 2 and s)
+    assert detail["part"] and len(detail["sid"]) == 32 and str(host.base) not in json.dumps(detail)
+    with urllib.request.urlopen(f"{host.url}/joyavatar/stream/{detail['sid']}") as answer:
+        assert answer.headers["Content-Type"] == "video/mp4" and answer.headers["Cache-Control"] == "no-store"
+        data = answer.read(32768 * 4)
+    (tmp_path / "part.mp4").write_bytes(data)
+    assert len(frames_of(tmp_path / "part.mp4")) >= 9
+    for bad in ("0" * 32, "..%2f..%2fetc%2fpasswd", "x"):
+        with pytest.raises(HostError) as caught:
+            host.get(f"/joyavatar/stream/{bad}")
+        assert caught.value.status == 404
+    host.interrupt()
+    with pytest.raises(HostError):
+        host.wait(prompt)
+
+
+def test_a_killed_host_goes_on_where_it_was(host: Host) -> None:
+    prompt = {**stream("long.wav", sampler={"seed": 9}), **video("killed")}
+    whole = frames_of(file_of(host, host.run({**prompt, **video("unbroken")}, timeout=600)))
+    host.submit(prompt)
+    state = wait_until(lambda: next((host.base / "output" / "t").glob("killed*.state.safetensors"), None))
+    wait_until(lambda: session(host, "running")["blocks"] >= 12)
+    host.restart()
+    entry = host.run(prompt, timeout=600)
+    (detail,) = entry["outputs"]["7"]["joyavatar"]
+    path = file_of(host, entry)
+    assert path.stem == state.name.split(".")[0] and detail["frames"] < len(whole), "only the rest was made"
+    assert (frames_of(path) == whole).all()
+    assert not state.exists() and not list(path.parent.glob("killed*.part.mp4"))
+
+
+def test_retake_changes_its_seconds_only(host: Host) -> None:
+    prompt = {**stream("long.wav", sampler={"seed": 9}), **video("retaken")}
+    prompt["8"] = node("JoyAvatarRetake", video=["7", 0], frames=["6", 0], start=20.0, end=21.0, seed=77, blend=2)
+    entry = host.run(prompt, timeout=600)
+    before, after = frames_of(file_of(host, entry)), frames_of(file_of(host, entry, "8"))
+    changed = np.flatnonzero((before != after).any((1, 2, 3))) / 16
+    assert len(changed) and changed.min() >= 20.0 - 0.75 and changed.max() <= 21.0 + 0.75
+    (whole,), (part,) = (entry["outputs"][n]["joyavatar"] for n in ("7", "8"))
+    assert part["frames"] < whole["frames"] / 4, "the cost is in proportion"
+
+
+def test_lora_off_is_exactly_as_before(host: Host) -> None:
+    def made(name: str, strength: float | None) -> np.ndarray:
+        prompt = {**stream(), **video(name)}
+        if strength is not None:
+            prompt["11"] = node("JoyAvatarLoRA", model=["2", 0], lora="ours.safetensors", strength=strength)
+            prompt["5"]["inputs"]["model"] = ["11", 0]
+        return frames_of(file_of(host, host.run(prompt)))
+
+    before, with_it, after, zero = made("l1", None), made("l2", 1.0), made("l3", None), made("l4", 0.0)
+    assert (before != with_it).any()
+    assert (before == after).all() and (before == zero).all()
+
+
+def test_batch_runs_once_for_each_pair(host: Host) -> None:
+    prompt = {**stream(), **video("batch")}
+    prompt["9"] = node("JoyAvatarFolderOfAudio", folder="many", limit=0)
+    entry = host.run(prompt)
+    assert len(entry["outputs"]["7"]["images"]) == 2
+
+
+def test_paste_back_gives_the_whole_picture(host: Host) -> None:
+    region = {"fit": "region", "region_x": 16, "region_y": 16, "region_width": 128, "region_height": 128}
+    prompt = {**stream(**region), **video("paste", frames="12")}
+    prompt["12"] = node("JoyAvatarPasteBack", frames=["6", 0], feather=10)
+    frames = frames_of(file_of(host, host.run(prompt)))
+    assert frames.shape[1] > SIDE and np.abs(frames[0, -8:].astype(int) - frames[-1, -8:]).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("change", "number", "message"),
+    [
+        ({"8": node("JoyAvatarCollectFrames", frames=["6", 0], limit_gb=0.1), "9": "long.wav", "side": 512}, "8",
+         "would take 2.0 GB of memory, the limit is 0.1 GB"),
+        ({"7": {"filename_prefix": "../outside"}}, "7", "outside ComfyUI's output folder"),
+        ({"5": {"rope_limit": 5}}, "5", "rope_limit 5: must be at least 27"),
+        ({"3": {"width": 72}}, "5", "width must be a positive multiple of 32"),
+        ({"3": {"fit": "region", "region_x": 9000}}, "3", "outside the picture"),
+        ({"lora": "other.safetensors"}, "11", "a LoRA of another size"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_on_its_node(host: Host, change: dict[str, Any], number: str, message: str) -> None:
+    prompt = {**stream(change.get("9", "short.wav")), **video("bad")}
+    if side := change.pop("side", None):
+        prompt["3"]["inputs"] |= {"width": side, "height": side}
+    if lora := change.pop("lora", None):
+        prompt["11"] = node("JoyAvatarLoRA", model=["2", 0], lora=lora, strength=1.0)
+        prompt["5"]["inputs"]["model"] = ["11", 0]
+    for key, value in change.items():
+        if key == "8":
+            prompt |= {"8": value, "10": node("PreviewImage", images=["8", 0])}
+            del prompt["7"]
+        elif key != "9":
+            prompt[key]["inputs"] |= value
+    with pytest.raises(HostError, match=message) as caught:
+        host.run(prompt)
+    assert caught.value.node_id == number and "\n" not in str(caught.value)

@@ -239,6 +239,7 @@ class Job:
         self.frames, self.path, self.place = frames, path, place
         self.options, self.node, self.tags = options, node, tags
         self.geometry = frames.latents.geometry
+        self.workflow = json.loads(tags.get("workflow", "{}")).get("id")
 
     @contextmanager
     def session(self, retake: bool, part: retakes.Part | None = None) -> Iterator[Session]:
@@ -252,6 +253,7 @@ class Job:
                 size=self.frames.size,
                 window=plan.policy.window_blocks,
                 total_seconds=float(plan.estimate().frames / self.geometry.fps),
+                workflow=self.workflow,
                 retake=retake,
             )
         )

@@ -34,7 +34,7 @@ _STEP = 32768
 
 @dataclass
 class Session:
-    """One run as a browser sees it. `node` is the execution id."""
+    """One run as a browser sees it. node: the execution id. workflow: the front end's id of the graph, if known."""
 
     node: str
     path: Path | None
@@ -45,6 +45,7 @@ class Session:
     sid: str = field(default_factory=lambda: secrets.token_hex(16))
     state: str = "running"
     progress: Progress = field(default_factory=Progress)
+    workflow: str | None = None
     retake: bool = False
     file: dict[str, str] | None = None
     message: str | None = None
@@ -85,6 +86,7 @@ class Session:
         pace = elapsed / max(1, progress.blocks - self.first_blocks)
         return {
             "node": self.node,
+            "workflow": self.workflow,
             "sid": self.sid,
             "state": self.state,
             "blocks": progress.blocks,

@@ -1,7 +1,7 @@
 // A video that plays while its file grows, and changes over to the finished file without a flash.
 
 const RETRIES = 5;
-const CHANGE_OVER_LIMIT_MS = 4000;
+const CHANGE_OVER_LIMIT_MS = 10000;
 const LEAD_SECONDS = 0.25;
 const AT_END_SECONDS = 0.15;
 
@@ -66,7 +66,7 @@ export class Player {
   start() {
     this.started = true;
     this.#load();
-    if (this.wantsPlay && this.loaded && this.video.paused && !this.#isAtEnd(this.video)) this.#play(this.video);
+    if (this.loaded && this.video.paused && this.#goesOn()) this.#play(this.video);
   }
 
   /** A new run: back to what the settings say about autoplay. */
@@ -82,7 +82,7 @@ export class Player {
       return;
     }
     this.wantsPlay = true;
-    if (this.#isAtEnd(video) && !this.isStream) video.currentTime = 0;
+    if (!this.isStream && isAtEnd(video)) video.currentTime = 0;
     this.#play(video);
   }
 
@@ -90,7 +90,7 @@ export class Player {
     this.wantsSound = this.video.muted;
     this.video.muted = !this.wantsSound;
     // The click is what lets a browser play sound: use it.
-    if (this.wantsSound && this.wantsPlay && this.video.paused && !this.#isAtEnd(this.video)) this.#play(this.video);
+    if (this.wantsSound && this.video.paused && this.#goesOn()) this.#play(this.video);
     this.onChange();
   }
 
@@ -130,16 +130,15 @@ export class Player {
   }
 
   #load() {
-    if (!this.started || !this.source || this.loaded?.url === this.source.url) return;
     const source = this.source;
-    const takesOver = this.isStream && !source.isStream && this.hasPicture;
-    this.loaded = source;
+    if (!this.started || !source || this.loaded?.url === source.url || this.next?.getAttribute("src") === source.url) return;
     if (this.next) discard(this.next);
     this.next = null;
-    if (takesOver) {
+    if (this.isStream && !source.isStream && this.hasPicture) {
       this.#changeOver(source);
       return;
     }
+    this.loaded = source;
     this.video.muted = !this.wantsSound;
     this.video.preload = this.wantsPlay || !source.isStream ? "auto" : "none";
     this.video.src = source.url;
@@ -161,9 +160,11 @@ export class Player {
     const isThere = await happens(fresh, "loadedmetadata");
     if (!isCurrent()) return;
     if (!isThere) {
-      // The growing file is still in the element and plays: keep it.
+      // The growing file is still in the element and plays: keep it, and try again.
       discard(fresh);
       this.next = null;
+      this.tries += 1;
+      if (this.tries <= RETRIES) setTimeout(() => this.#load(), 1000 * this.tries);
       return;
     }
     const moves = () => !old.paused && !old.ended;
@@ -172,11 +173,12 @@ export class Player {
     await until(() => !moves() || old.currentTime >= fresh.currentTime - 0.03);
     if (!isCurrent()) return;
     // The growing file may have ended early, by a lost connection or a viewer that was late.
-    const goesOn = () => this.wantsPlay && !this.#isAtEnd(fresh);
+    const goesOn = () => this.wantsPlay && !isAtEnd(fresh);
     if (goesOn()) await this.#play(fresh);
     await frameOf(fresh);
     if (!isCurrent()) return;
     this.next = null;
+    this.loaded = source;
     this.video = fresh;
     fresh.muted = old.muted;
     fresh.volume = old.volume;
@@ -188,11 +190,9 @@ export class Player {
     this.onChange();
   }
 
-  /** Playing on would begin again from the start. */
-  #isAtEnd(video) {
-    if (video.ended) return true;
-    const isFile = video.duration > 0 && !this.isStream;
-    return isFile && video.currentTime >= video.duration - AT_END_SECONDS;
+  /** Should play, and would not begin again from the start. */
+  #goesOn() {
+    return this.wantsPlay && !this.video.ended && (this.isStream || !isAtEnd(this.video));
   }
 
   async #play(video) {
@@ -266,6 +266,10 @@ export class Player {
       if (this.wantsPlay) this.#play(video);
     }, delay);
   }
+}
+
+function isAtEnd(video) {
+  return video.ended || (video.duration > 0 && video.currentTime >= video.duration - AT_END_SECONDS);
 }
 
 function hasOwnControls(video) {

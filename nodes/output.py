@@ -252,7 +252,7 @@ class Job:
                 geometry=self.geometry,
                 size=self.frames.size,
                 window=plan.policy.window_blocks,
-                total_seconds=float(plan.estimate().frames / self.geometry.fps),
+                total_frames=plan.estimate().frames,
                 workflow=self.workflow,
                 retake=retake,
             )
@@ -279,6 +279,7 @@ class Job:
         writers: list[VideoWriter] = []
 
         def open_sink(frames_done: int) -> Any:
+            session.before = frames_done
             writers.append(self._writer(frames_done))
             return self.frames.into(writers[0])
 

@@ -41,7 +41,7 @@ class Session:
     geometry: Geometry
     size: tuple[int, int]
     window: int
-    total_seconds: float
+    total_frames: int
     sid: str = field(default_factory=lambda: secrets.token_hex(16))
     state: str = "running"
     progress: Progress = field(default_factory=Progress)
@@ -50,6 +50,7 @@ class Session:
     file: dict[str, str] | None = None
     message: str | None = None
     ended: float | None = None
+    before: int = 0  # frames in the file from an earlier run
     first_blocks: int = 0
     elapsed: float = 0.0
     viewers: int = 0
@@ -82,6 +83,7 @@ class Session:
         progress, fps = self.progress, float(self.geometry.fps)
         first = progress.first_frame_s
         made, elapsed = progress.frames / fps, self.elapsed
+        in_file = self.total_frames if self.state == "done" else self.before + progress.frames
         left = None if not progress.blocks_total else progress.blocks_total - progress.blocks
         pace = elapsed / max(1, progress.blocks - self.first_blocks)
         return {
@@ -90,12 +92,13 @@ class Session:
             "sid": self.sid,
             "state": self.state,
             "blocks": progress.blocks,
-            "blocks_total": progress.blocks_total or self.geometry.blocks_of_frames(round(self.total_seconds * fps)),
+            "blocks_total": progress.blocks_total or self.geometry.blocks_of_frames(self.total_frames),
             "window": self.window,
             "block_seconds": len(self.geometry.frames_of_block(1)) / fps,
             "first_block_seconds": len(self.geometry.frames_of_block(0)) / fps,
-            "frames": progress.frames,
-            "total_seconds": self.total_seconds,
+            "frames": in_file,
+            "made": progress.frames,
+            "total_seconds": self.total_frames / fps,
             "fps": round(progress.frames / max(elapsed, 1e-6), 2),
             "source_fps": fps,
             "width": self.size[0],

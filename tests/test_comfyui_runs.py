@@ -152,16 +152,14 @@ def test_two_consumers_of_one_stream(host: Host) -> None:
 
 
 def test_the_same_bits_as_the_command_line(host: Host, tmp_path: Path) -> None:
-    path = file_of(host, host.run({**stream(), **video("bits")}))
+    path = file_of(host, host.run({**stream(), **video("bits", crf=18, preset="veryfast")}))
     voice, out = host.base / "input" / "short.wav", tmp_path / "cli.mp4"
     picture = ROOT / "joyavatar_core" / "assets" / "samples" / "demo.png"
     command = [host.python, "-m", "joyavatar_core.cli.main", "generate", "--image", str(picture), "--audio", str(voice)]
     command += ["--output", str(out), "--size", f"{SIDE}x{SIDE}", "--seed", "3"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    mine, theirs = frames_of(path).astype(float), frames_of(out).astype(float)
-    assert mine.shape == theirs.shape
-    error = np.square(mine - theirs).mean()
-    assert error < 255**2 / 10**4.5 and np.abs(mine - theirs).max() < 32, f"mean squared error {error}"  # crf differs
+    mine, theirs = frames_of(path), frames_of(out)
+    assert mine.shape == theirs.shape and (mine == theirs).all()
 
 
 def test_cancel_keeps_whole_blocks_and_the_host(host: Host) -> None:
@@ -207,7 +205,9 @@ def test_a_killed_host_goes_on_where_it_was(host: Host) -> None:
     entry = host.run(prompt, timeout=600)
     (detail,) = entry["outputs"]["7"]["joyavatar"]
     path = file_of(host, entry)
-    assert path.stem == state.name.split(".")[0] and detail["frames"] < len(whole), "only the rest was made"
+    assert path.stem == state.name.split(".")[0] and detail["made"] < detail["frames"] == len(whole), (
+        "only the rest was made"
+    )
     assert (frames_of(path) == whole).all()
     assert not state.exists() and not list(path.parent.glob("killed*.part.mp4"))
 
@@ -220,7 +220,7 @@ def test_retake_changes_its_seconds_only(host: Host) -> None:
     changed = np.flatnonzero((before != after).any((1, 2, 3))) / 16
     assert len(changed) and changed.min() >= 20.0 - 0.75 and changed.max() <= 21.0 + 0.75
     (whole,), (part,) = (entry["outputs"][n]["joyavatar"] for n in ("7", "8"))
-    assert part["frames"] < whole["frames"] / 4, "the cost is in proportion"
+    assert part["made"] < whole["made"] / 4, "the cost is in proportion"
 
 
 def test_lora_off_is_exactly_as_before(host: Host) -> None:

@@ -42,10 +42,11 @@ function figuresOfNow(detail, words) {
 }
 
 function figuresOfTheEnd(detail, words) {
-  const made = madeSeconds(detail);
+  const length = madeSeconds(detail);
+  const made = isNumber(detail.made) && detail.source_fps > 0 ? detail.made / detail.source_fps : length;
   const speed = detail.elapsed_s > 0 ? made / detail.elapsed_s : null;
   return [
-    { label: words("length"), text: made < 60 ? inSeconds(made, words) : clock(made) },
+    { label: words("length"), text: length < 60 ? inSeconds(length, words) : clock(length) },
     { label: words("frames"), text: number(detail.frames, 0) },
     { label: words("took"), text: isNumber(detail.elapsed_s) ? took(detail.elapsed_s, words) : NOTHING },
     { label: words("speed"), text: speed ? words("times", speed.toFixed(speed < 10 ? 2 : 0)) : NOTHING },

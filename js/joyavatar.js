@@ -4,7 +4,6 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { keptOutput, kindOf, makeRetake, nodeOfExecution, rootGraph } from "./live/graph.js";
 import { Panel } from "./live/panel.js";
-import { addStyle } from "./live/style.js";
 import { wordsOf } from "./live/words.js";
 
 const KINDS = ["JoyAvatarStreamToVideo", "JoyAvatarRetake"];
@@ -187,7 +186,6 @@ app.registerExtension({
   ],
 
   setup() {
-    addStyle();
     api.addEventListener("reconnected", restore);
     restore();
   },

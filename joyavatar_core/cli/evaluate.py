@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """`joyavatar evaluate`."""
-    from ..training.drawn_suite import QUICK, Suite, run_suite, write_pictures
+    try:
+        from ..training.drawn_suite import QUICK, Suite, run_suite, write_pictures
+    except ModuleNotFoundError as error:
+        if error.name and not error.name.endswith("training"):
+            raise
+        raise ValueError("the registry's copy of the pack has no trainer, which draws the suite: clone it") from error
 
     if args.threads is not None:
         if args.threads < 1:

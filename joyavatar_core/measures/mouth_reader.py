@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,15 +87,15 @@ class Reading:
 class Locator(nn.Module):
     """Thumbnails [T, 3, 64, 64] in [-1, 1] -> mouth and eyes [T, 2, 2] (x, y) in 0..1 of the thumbnail."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Any = nn) -> None:
         super().__init__()
-        self.entry = nn.Sequential(nn.Conv2d(3, 32, 6, 4, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.entry = nn.Sequential(ops.Conv2d(3, 32, 6, 4, 1), nn.ReLU(), ops.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
         self.deep = nn.Sequential(
-            *(nn.Conv2d(32, 40, 3, 2, 1), nn.ReLU(), nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU()),
-            *(nn.Conv2d(40, 40, 3, 1, 1), nn.ReLU(), nn.Conv2d(40, 32, 1)),
+            *(ops.Conv2d(32, 40, 3, 2, 1), nn.ReLU(), ops.Conv2d(40, 40, 3, 1, 1), nn.ReLU()),
+            *(ops.Conv2d(40, 40, 3, 1, 1), nn.ReLU(), ops.Conv2d(40, 32, 1)),
         )
-        self.join = nn.Sequential(nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
-        self.heat = nn.Conv2d(32, 2, 1)
+        self.join = nn.Sequential(nn.ReLU(), ops.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        self.heat = ops.Conv2d(32, 2, 1)
 
     def forward(self, thumbs: Tensor) -> Tensor:
         fine = self.entry(thumbs)
@@ -109,19 +110,23 @@ class Locator(nn.Module):
 class CropReader(nn.Module):
     """Crops [T, 3, h, w] of one person -> features -> outputs."""
 
-    def __init__(self, crop: Crop, widths: tuple[int, int, int, int], features: int, outputs: int) -> None:
+    def __init__(
+        self, crop: Crop, widths: tuple[int, int, int, int], features: int, outputs: int, ops: Any = nn
+    ) -> None:
         super().__init__()
         first, second, third, last = widths
         self.layers = nn.Sequential(
-            *(nn.Conv2d(3, first, 3, 2, 1), nn.ReLU(), nn.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
-            *(nn.Conv2d(second, third, 3, 2, 1), nn.ReLU(), nn.Conv2d(third, third, 3, 1, 1), nn.ReLU()),
-            nn.Conv2d(third, last, 1),
+            *(ops.Conv2d(3, first, 3, 2, 1), nn.ReLU(), ops.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
+            *(ops.Conv2d(second, third, 3, 2, 1), nn.ReLU(), ops.Conv2d(third, third, 3, 1, 1), nn.ReLU()),
+            ops.Conv2d(third, last, 1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(last * -(-crop.rows // 8) * -(-crop.columns // 8), features),
+            ops.Linear(last * -(-crop.rows // 8) * -(-crop.columns // 8), features),
         )
-        self.person = nn.Sequential(nn.ReLU(), nn.Linear(features, features), nn.ReLU())
-        self.head = nn.Sequential(nn.ReLU(), nn.Linear(2 * features, features), nn.ReLU(), nn.Linear(features, outputs))
+        self.person = nn.Sequential(nn.ReLU(), ops.Linear(features, features), nn.ReLU())
+        self.head = nn.Sequential(
+            nn.ReLU(), ops.Linear(2 * features, features), nn.ReLU(), ops.Linear(features, outputs)
+        )
 
     def look(self, crops: Tensor) -> Tensor:
         """Features [T, D] of each crop; light and contrast are taken out first."""

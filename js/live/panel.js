@@ -3,7 +3,7 @@
 import { clock, figuresOf, isOver, madeSeconds, short } from "./figures.js";
 import { Player } from "./player.js";
 import { Strip, lengthOf } from "./strip.js";
-import { icon } from "./style.js";
+import { icon, styleElement } from "./style.js";
 
 const MOST_OLD_RUNS = 50;
 
@@ -97,7 +97,7 @@ export class Panel {
     });
     this.figures = make("dl", "joyavatar-figures");
     this.#buildFoot();
-    this.element.append(this.stage, this.strip.element, this.figures, this.foot);
+    this.element.append(styleElement(), this.stage, this.strip.element, this.figures, this.foot);
     // Keys that are meant for a button must not reach the host's shortcuts.
     this.element.addEventListener("keydown", (event) => {
       if ([" ", "Enter"].includes(event.key)) event.stopPropagation();

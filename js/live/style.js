@@ -1,7 +1,5 @@
 // The looks of the live preview: one <style> element, classes with a prefix, colours of the host's theme.
 
-const ID = "joyavatar-style";
-
 const CSS = `
 .joyavatar-live {
   --joyavatar-text: var(--base-foreground, var(--input-text, #ddd));
@@ -176,13 +174,11 @@ const CSS = `
 .joyavatar-live .joyavatar-clear { width: 26px; height: 26px; border-radius: 6px; background: var(--joyavatar-well); color: inherit; }
 `;
 
-/** Puts the <style> element into the page, once. */
-export function addStyle() {
-  if (document.getElementById(ID)) return;
+/** A <style> element for the inside of a panel: nothing is put into the shared page. */
+export function styleElement() {
   const style = document.createElement("style");
-  style.id = ID;
   style.textContent = CSS;
-  document.head.append(style);
+  return style;
 }
 
 const ICONS = {

@@ -1,0 +1,138 @@
+"""The example workflows: their files belong together, and ComfyUI's own front end loads and exports them as stored.
+
+The tests in the browser: `COMFYUI_PATH=... JOYAVATAR_PLAYWRIGHT=FOLDER pytest -m comfyui tests/test_front_end.py`, with
+playwright-core in FOLDER/node_modules, Node.js, and a Chromium on the PATH or at JOYAVATAR_CHROMIUM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .comfyui_host import GOLDEN, ROOT, Host
+
+FOLDER = ROOT / "workflows"
+WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
+SCRIPT = Path(__file__).parent / "browser" / "front_end.mjs"
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
+NOTES = ("MarkdownNote", "Note")
+MUTED, BYPASSED = 2, 4
+MOST_THUMBNAIL_BYTES = 60_000
+BROWSER_SECONDS = 600
+
+
+def ui(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+# Without a host
+
+
+def test_there_are_workflows() -> None:
+    """Without this, an empty folder would pass."""
+    assert len(WORKFLOWS) == 7
+    assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == WORKFLOWS
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_and_its_export_hold_the_same_nodes(name: str) -> None:
+    shown = {str(n["id"]): n["type"] for n in ui(name)["nodes"] if n["type"] not in NOTES}
+    off = {str(n["id"]) for n in ui(name)["nodes"] if n["mode"] in (MUTED, BYPASSED)}
+    assert {i: node["class_type"] for i, node in api(name).items()} == {i: t for i, t in shown.items() if i not in off}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_an_export_gives_every_input_that_a_node_of_ours_asks_for(name: str) -> None:
+    nodes = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for number, node in api(name).items():
+        if node["class_type"].startswith("JoyAvatar"):
+            asked = {i["name"]: not i.get("optional") for i in nodes[node["class_type"]]["inputs"]}
+            assert set(node["inputs"]) <= set(asked), f"{number}: unknown inputs"
+            assert {i for i, needed in asked.items() if needed} <= set(node["inputs"]), f"{number}: inputs not given"
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_no_two_nodes_of_a_workflow_overlap(name: str) -> None:
+    title = 30
+    boxes = [(n["pos"][0], n["pos"][1] - title, n["size"][0], n["size"][1] + title) for n in ui(name)["nodes"]]
+    for i, (x, y, width, height) in enumerate(boxes):
+        for u, v, w, h in boxes[i + 1 :]:
+            assert x + width <= u or u + w <= x or y + height <= v or v + h <= y
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_has_a_note_and_a_small_thumbnail(name: str) -> None:
+    from PIL import Image
+
+    assert any(node["type"] in NOTES for node in ui(name)["nodes"])
+    picture = FOLDER / f"{name}.jpg"
+    assert picture.stat().st_size < MOST_THUMBNAIL_BYTES
+    with Image.open(picture) as opened:
+        assert opened.format == "JPEG"
+        assert opened.width > opened.height
+
+
+# In the browser
+
+
+@pytest.fixture(scope="module")
+def tools() -> dict[str, str]:
+    """Node.js and Chromium; skips, saying what is lacking."""
+    if not os.environ.get("COMFYUI_PATH"):
+        pytest.skip("COMFYUI_PATH is not set: give the folder of a ComfyUI to test against")
+    folder = os.environ.get("JOYAVATAR_PLAYWRIGHT")
+    if not folder or not (Path(folder) / "node_modules" / "playwright-core").is_dir():
+        pytest.skip("JOYAVATAR_PLAYWRIGHT is not a folder with node_modules/playwright-core")
+    named = os.environ.get("JOYAVATAR_CHROMIUM")
+    chromium = named or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
+    if not chromium:
+        pytest.skip("no Chromium on the PATH: install one, or name it in JOYAVATAR_CHROMIUM")
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("no Node.js on the PATH")
+    return {"node": node, "chromium": chromium}
+
+
+@pytest.fixture(scope="module")
+def host(tools: dict[str, str]) -> Iterator[Host]:
+    with Host() as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["canvas", "nodes2"])
+def report(request: pytest.FixtureRequest, host: Host, tools: dict[str, str]) -> dict[str, Any]:
+    """What the front end made of every workflow, in one of its two renderers; an empty input folder."""
+    files = [str(FOLDER / f"{name}.json") for name in WORKFLOWS]
+    command = [tools["node"], str(SCRIPT), host.url, request.param, tools["chromium"], *files]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_SECONDS)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.comfyui
+def test_the_front_end_starts_without_an_error(report: dict[str, Any]) -> None:
+    assert report["started"] == []
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_loads_without_missing_nodes_and_errors(report: dict[str, Any], name: str) -> None:
+    assert report["workflows"][name]["missing"] == []
+    assert report["workflows"][name]["errors"] == []
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_exports_what_is_stored(report: dict[str, Any], name: str) -> None:
+    assert report["workflows"][name]["output"] == api(name)

@@ -20,6 +20,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from joyavatar_core import checkpoint
+from joyavatar_core.config import AudioConfig, ModelConfig
+from joyavatar_core.model import JoyAvatarDiT
+from joyavatar_core.wan_vae import WanVAE, WanVAEConfig
+
 from .comfyui_host import ROOT, Host, HostError
 
 pytestmark = pytest.mark.comfyui
@@ -43,6 +48,7 @@ def host() -> Iterator[Host]:
         (running.base / "models" / "loras").mkdir(parents=True, exist_ok=True)
         write_lora(running.base / "models" / "loras" / "ours.safetensors", rows=256)
         write_lora(running.base / "models" / "loras" / "other.safetensors", rows=320)
+        write_full_size(running.base / "models")
         running.restart()  # so that the lists of files are new
         yield running
 
@@ -68,6 +74,36 @@ def write_lora(path: Path, rows: int) -> None:
         },
         path,
     )
+
+
+def write_full_size(models: Path) -> None:
+    """A transformer, a VAE and a wav2vec2 with the names and the shape of the full-size ones, small and random."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=128, ffn_dim=128, layers=2, heads=1, text_dim=0, text_len=0, image_dim=0, audio=AudioConfig(width=64)
+    )
+    checkpoint.write(
+        models / "diffusion_models" / "small.safetensors",
+        JoyAvatarDiT(config).state_dict(),
+        {"model_config": checkpoint.config_to_json(config)},
+    )
+    checkpoint.write(models / "vae" / "small.safetensors", WanVAE(WanVAEConfig(dim=8)).state_dict(), {})
+    hearing = {f"wav2vec2.{k}": v.half() for k, v in Wav2Vec2Model(Wav2Vec2Config()).state_dict().items()}
+    checkpoint.write(models / "audio_encoders" / "small.safetensors", hearing, {})
+
+
+def full_size(dtype: str = "fp32", hearing: bool = True, **sampler: Any) -> dict[str, Any]:
+    """As `stream`, with the small model of the full-size kind."""
+    prompt = stream(audio="many/a.wav", sampler=sampler)
+    prompt["2"]["inputs"] = {"model": "small.safetensors", "dtype": dtype}
+    prompt["21"] = node("VAELoader", vae_name="small.safetensors")
+    prompt["22"] = node("AudioEncoderLoader", audio_encoder_name="small.safetensors")
+    prompt["3"]["inputs"]["vae"] = ["21", 0]
+    if hearing:
+        prompt["4"]["inputs"]["audio_encoder"] = ["22", 0]
+    return prompt
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -234,6 +270,51 @@ def test_lora_off_is_exactly_as_before(host: Host) -> None:
     before, with_it, after, zero = made("l1", None), made("l2", 1.0), made("l3", None), made("l4", 0.0)
     assert (before != with_it).any()
     assert (before == after).all() and (before == zero).all()
+
+
+def test_full_size_with_stock_loaders_and_stock_decode(host: Host) -> None:
+    """The stream's own decoder and the host's VAE Decode of the collected latents show the same."""
+    prompt = {**full_size(), **video("full", resume=False)}
+    prompt["8"] = node("JoyAvatarCollectLatents", latents=["5", 0], limit_gb=1.0)
+    prompt["23"] = node("VAEDecode", samples=["8", 0], vae=["21", 0])
+    prompt["24"] = node("JoyAvatarCollectFrames", frames=["6", 0], limit_gb=1.0)
+    prompt["25"] = node("SaveImage", images=["23", 0], filename_prefix="t/stock")
+    prompt["26"] = node("SaveImage", images=["24", 0], filename_prefix="t/own")
+    entry = host.run(prompt)
+    assert len(frames_of(file_of(host, entry))) == 16
+    from PIL import Image
+
+    stock, own = (
+        np.stack(
+            [np.asarray(Image.open(host.base / "output" / "t" / i["filename"])) for i in entry["outputs"][n]["images"]]
+        )
+        for n in ("25", "26")
+    )
+    assert len(own) == 16 <= len(stock)
+    assert np.abs(stock[:16].astype(int) - own).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])
+def test_full_size_in_less_precision(host: Host, dtype: str) -> None:
+    entry = host.run({**full_size(dtype, seed=11), **video(dtype)})
+    frames = frames_of(file_of(host, entry))
+    assert len(frames) == 16 and frames.std() > 0
+
+
+def test_full_size_parts_that_do_not_fit_are_told_on_the_right_node(host: Host) -> None:
+    deaf = {**full_size(hearing=False), **video("deaf")}
+    blind = {**full_size(), **video("blind")}
+    del blind["3"]["inputs"]["vae"]
+    wrong = {**stream(), **video("wrong"), "21": node("VAELoader", vae_name="small.safetensors")}
+    wrong["6"]["inputs"]["vae"] = ["21", 0]
+    for prompt, number, message in (
+        (deaf, "5", "listens through wav2vec2: connect Audio Encoder Loader"),
+        (blind, "5", "has no autoencoder: connect Load VAE"),
+        (wrong, "6", "decodes 16 latent channels, embedded makes 48: leave vae empty"),
+    ):
+        with pytest.raises(HostError, match=message) as caught:
+            host.run(prompt)
+        assert caught.value.node_id == number
 
 
 def test_batch_runs_once_for_each_pair(host: Host) -> None:

@@ -16,7 +16,8 @@ class AudioConfig:
     kind: "tokens" projects every token (FantasyTalking: Linear without bias, LayerNorm);
         "window" mixes all tokens of a latent frame into `tokens` new ones (embedded model, log-mel).
     features: channels of a front-end token. width: channels after the projector.
-    window: tokens per latent frame that the front end gives ("window" only).
+    window: tokens per latent frame that the front end gives; columns: of the spectrogram in a token; tokens: how many
+        the mixing leaves; channels, hidden: its widths ("window" only).
     scale: weight of the audio term in the cross-attention sum.
     """
 
@@ -24,9 +25,17 @@ class AudioConfig:
     features: int = 768
     width: int = 2048
     window: int = 0
+    columns: int = 4
     tokens: int = 0
+    channels: int = 0
     hidden: int = 0
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "window" and min(self.window, self.tokens, self.channels, self.hidden) < 1:
+            raise ValueError(f"{self}: a window projector needs window, tokens, channels and hidden of at least 1")
+        if self.kind == "window" and (self.columns < 1 or self.features % self.columns):
+            raise ValueError(f"features {self.features} must be a multiple of the {self.columns} columns of a token")
 
 
 @dataclass(frozen=True)
@@ -106,7 +115,7 @@ MODELS: dict[str, ModelConfig] = {
         text_len=0,
         image_dim=192,
         prediction="x0",
-        audio=AudioConfig(kind="window", features=256, width=256, window=10, tokens=4, hidden=192),
+        audio=AudioConfig(kind="window", features=256, width=256, window=10, tokens=4, channels=96, hidden=256),
     ),
     "wan-t2v-1.3b": replace(_WAN_1_3B, in_channels=16, image_dim=0),
     "wan-i2v-1.3b": _WAN_1_3B,

@@ -32,22 +32,30 @@ class AudioTokenProjector(nn.Module):
 class AudioWindowProjector(nn.Module):
     """All log-mel tokens of a latent frame mixed: [B, F, W, C] -> [B, F, tokens, D].
 
-    A latent holds four pixel frames: the mixing layer sees where in the window each token stands, which attention
-    over tokens without positions would not.
+    A latent holds four pixel frames: the mixing layers see where in the window each column stands, which attention
+    over tokens without positions would not. A token is `columns` columns of the spectrogram; convolutions along them
+    hear a sound wherever in the window it falls, and two of stride 2 lead back to one place per token at four columns.
     """
 
     def __init__(self, config: AudioConfig, ops: Any) -> None:
         super().__init__()
-        self.tokens = config.tokens
-        self.proj_in = ops.Linear(config.window * config.features, config.hidden)
-        self.proj_mid = ops.Linear(config.hidden, config.hidden)
+        self.tokens, self.columns = config.tokens, config.columns
+        mels, places = config.features // config.columns, config.window * config.columns
+        self.conv_in = ops.Conv1d(mels, config.channels, 5, padding=2)
+        self.conv_mid = ops.Conv1d(config.channels, config.channels, 5, stride=2, padding=2)
+        self.conv_out = ops.Conv1d(config.channels, config.channels, 3, stride=2, padding=1)
+        self.proj_in = ops.Linear(config.channels * -(-places // 4), config.hidden)
         self.proj_out = ops.Linear(config.hidden, config.tokens * config.width)
         self.norm = ops.LayerNorm(config.width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = nn.functional.silu(self.proj_in(tokens.flatten(-2)))
-        x = nn.functional.silu(self.proj_mid(x))
-        return self.norm(self.proj_out(x).unflatten(-1, (self.tokens, -1)))
+        spectrogram = tokens.unflatten(-1, (self.columns, -1)).flatten(-3, -2)  # [B, F, W columns, mels]
+        x = spectrogram.flatten(0, -3).transpose(1, 2)
+        for layer in (self.conv_in, self.conv_mid, self.conv_out):
+            x = nn.functional.silu(layer(x))
+        x = nn.functional.silu(self.proj_in(x.flatten(1)))
+        x = self.proj_out(x).unflatten(-1, (self.tokens, -1))
+        return self.norm(x).unflatten(0, tokens.shape[:-2])
 
 
 class ImageProjector(nn.Module):

@@ -16,9 +16,9 @@ from joyavatar_core.training.encoded import EncodedClips
 
 SMALL = ModelConfig(
     dim=24, ffn_dim=32, layers=2, heads=2, in_channels=36, patch=(2, 2), text_dim=0, text_len=0, image_dim=64,
-    audio=AudioConfig(kind="window", features=8, width=16, window=10, tokens=2, hidden=12),
+    audio=AudioConfig(kind="window", features=8, width=16, window=10, tokens=2, channels=6, hidden=12),
 )  # fmt: skip
-HEARING = AudioConfig(kind="window", features=256, width=16, window=10, tokens=2, hidden=12)
+HEARING = AudioConfig(kind="window", features=256, width=16, window=10, tokens=2, channels=6, hidden=12)
 PRESET = replace(SMALL, dim=32, patch=(4, 4), image_dim=256, audio=HEARING, prediction="x0")
 SIZE = (4, 4)
 """Cells of the clips: one token a latent."""

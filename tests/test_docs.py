@@ -238,7 +238,8 @@ def symbols_of(c: ModelConfig) -> dict[str, int]:
     s = {"D": c.dim, "F": c.ffn_dim, "C": c.in_channels, "Z": c.out_channels, "p": c.patch[0], "q": c.patch[1]}
     s |= {"T": c.freq_dim, "X": c.text_dim, "I": c.image_dim}
     if c.audio:
-        s |= {"A": c.audio.features, "W": c.audio.width, "K": c.audio.window, "n": c.audio.tokens, "H": c.audio.hidden}
+        s |= {"A": c.audio.features, "W": c.audio.width, "K": c.audio.window, "n": c.audio.tokens}
+        s |= {"H": c.audio.hidden, "G": c.audio.features // c.audio.columns, "S": c.audio.channels}
     if c.face:
         s |= {"E": c.face.features, "R": c.face.dim, "Q": c.face.queries, "Y": c.face.width}
     return s

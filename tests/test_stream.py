@@ -24,7 +24,8 @@ from joyavatar_core.wav2vec import Wav2Vec2Windows
 
 from .helpers import SMALL, small_model
 
-MODEL = replace(SMALL, image_dim=4, audio=AudioConfig("window", features=16, width=8, window=10, tokens=2, hidden=8))
+HEARING = AudioConfig("window", features=16, width=8, window=10, tokens=2, channels=4, hidden=8)
+MODEL = replace(SMALL, image_dim=4, audio=HEARING)
 WAV2VEC_MODEL = replace(MODEL, audio=AudioConfig("tokens", features=16, width=8))
 RATE = 22050
 

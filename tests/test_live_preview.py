@@ -55,17 +55,17 @@ def test_the_preview_plays_while_blocks_are_made(host: Host, renderer: str) -> N
     assert max(s["time"] for s in samples) > SECONDS - 1, "it did not play to the end"
     stalls = _stalls([s for s in samples if s["time"] > 0])
     print(json.dumps({"renderer": renderer, "first_play_s": live[0]["at"], "stalls": stalls}))  # noqa: T201
-    assert all(length <= LONGEST_STALL for length in stalls), stalls
+    assert all(length <= LONGEST_STALL for length, _, _ in stalls), stalls
 
 
-def _stalls(samples: list[dict[str, Any]]) -> list[float]:
-    """Lengths in seconds of the times in which the picture stood though the video had not ended."""
+def _stalls(samples: list[dict[str, Any]]) -> list[tuple[float, float, str]]:
+    """Times in which the picture stood though the video had not ended: seconds, at which second, state of the run."""
     found, since = [], None
     for before, after in itertools.pairwise(samples):
         stands = after["time"] <= before["time"] and not after["ended"]
         if stands and since is None:
             since = before["at"]
         elif not stands and since is not None:
-            found.append(round(before["at"] - since, 2))
+            found.append((round(before["at"] - since, 2), round(before["time"], 2), before["state"]))
             since = None
     return found

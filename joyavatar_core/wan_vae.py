@@ -356,11 +356,12 @@ class WanVAE(nn.Module):
         config: widths; see WanVAEConfig.
         ops: namespace of layer classes (torch.nn, or the host's, which then places and casts the weights).
             With torch.nn the computation is in the dtype of the weights, else in that of the input.
+        compute: dtype of the computation where that is another.
     """
 
-    def __init__(self, config: WanVAEConfig, ops: Any = nn) -> None:
+    def __init__(self, config: WanVAEConfig, ops: Any = nn, compute: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compute = config, compute
         self.encoder = Encoder(config, ops)
         self.conv1: nn.Conv3d = ops.Conv3d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.conv2: nn.Conv3d = ops.Conv3d(config.latent_channels, config.latent_channels, 1)
@@ -426,7 +427,10 @@ class WanVAE(nn.Module):
         return torch.cat(video, dim=2), after
 
     def _computed(self, x: Tensor) -> Tensor:
-        return x.to(self.conv1.weight.dtype) if isinstance(self.conv1, nn.Conv3d) else x
+        """Layers of a host cast their weights to what comes in, or are told by `compute` what that should be."""
+        if self.compute or type(self.conv1) is nn.Conv3d:
+            return x.to(self.compute or self.conv1.weight.dtype)
+        return x
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
         pair = torch.tensor((self.config.latent_mean, self.config.latent_std), dtype=like.dtype, device=like.device)

@@ -182,6 +182,8 @@ def _managed(name: str, module: WanVAE | LightAutoencoder) -> HostAutoencoder:
     on_cpu = device.type == "cpu" and isinstance(module, LightAutoencoder)
     dtype = default_dtype(device) if on_cpu else mm.vae_dtype(device, [torch.bfloat16, torch.float32])
     module = module.to(dtype).eval().requires_grad_(False)
+    if isinstance(module, WanVAE):
+        module.compute = dtype
     twin = folded(module, device, dtype) if isinstance(module, LightAutoencoder) and on_cpu else None
     return HostAutoencoder(name, _patcher(module, device, mm.vae_offload_device()), dtype, twin)
 

@@ -366,6 +366,30 @@ def test_bad_input_is_one_sentence_on_its_node(host: Host, change: dict[str, Any
     assert caught.value.node_id == number and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 900), (2000, 3)])
+def test_no_picture_is_refused(host: Host, size: tuple[int, int]) -> None:
+    prompt = {**stream("many/a.wav"), **video("odd")}
+    prompt["1"] = node("EmptyImage", width=size[0], height=size[1], batch_size=2, color=0x30A0F0)
+    frames = frames_of(file_of(host, host.run(prompt)))
+    assert frames.shape == (16, SIDE, SIDE, 3)
+
+
+def test_no_sound_is_told_on_the_audio_encoder(host: Host) -> None:
+    prompt = {**stream(), **video("silent")}
+    prompt["9"] = node("EmptyAudio", duration=0.0, sample_rate=44100, channels=2)
+    with pytest.raises(HostError, match="the audio has 0 samples: there is nothing to speak") as caught:
+        host.run(prompt)
+    assert caught.value.node_id == "4"
+
+
+def test_a_folder_that_cannot_be_made_is_told(host: Host) -> None:
+    (host.base / "output" / "taken").write_text("a file where a folder is wanted")
+    prompt = {**stream(), "7": node("JoyAvatarStreamToVideo", frames=["6", 0], filename_prefix="taken/a", **WRITER)}
+    with pytest.raises(HostError, match="filename_prefix 'taken/a': no folder can be made there") as caught:
+        host.run(prompt)
+    assert caught.value.node_id == "7"
+
+
 @pytest.mark.slow
 def test_ten_minutes_in_constant_memory(host: Host) -> None:
     """Resident memory of the host after the first minute of video, and at any later moment."""

@@ -37,6 +37,7 @@ PUBLISHED = {
 }
 # ComfyUI's own nodes that the pack's workflows may use; those of the second row live in the browser only.
 STOCK = {
+    "StringConcatenate",
     "LoadImage",
     "LoadAudio",
     "LoadVideo",

@@ -366,6 +366,28 @@ def test_bad_input_is_one_sentence_on_its_node(host: Host, change: dict[str, Any
     assert caught.value.node_id == number and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["talking_avatar", "long_audio", "step_by_step", "retake", "paste_back", "batch"])
+def test_example_workflows_leave_videos_as_long_as_their_sound(host: Host, name: str) -> None:
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    if name == "batch":  # the only one that needs files
+        from PIL import Image
+
+        Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(host.base / "input" / "face.png")
+        next(n for n in prompt.values() if n["class_type"] == "JoyAvatarFolderOfAudio")["inputs"]["folder"] = "many"
+    entry = host.run(prompt, timeout=600)
+    found = [
+        host.base / "output" / file["subfolder"] / file["filename"]
+        for output in entry["outputs"].values()
+        for file in output.get("images", ()) or output.get("video", ())
+        if file["filename"].endswith(".mp4")
+    ]
+    assert found, entry["outputs"].keys()
+    for path in found:
+        with av.open(str(path)) as container:
+            sound = float(container.streams.audio[0].duration * container.streams.audio[0].time_base)
+            assert abs(container.streams.video[0].frames / 16 - sound) <= 1 / 16
+
+
 @pytest.mark.parametrize("size", [(1, 1), (7, 900), (2000, 3)])
 def test_no_picture_is_refused(host: Host, size: tuple[int, int]) -> None:
     prompt = {**stream("many/a.wav"), **video("odd")}

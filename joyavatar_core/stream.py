@@ -12,10 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -221,6 +223,13 @@ class AvatarStream:
         frames = self.frames.decode(block)
         self.state.decoder = self.frames.state
         return frames
+
+
+def spoken(stream: LatentStream | AvatarStream, sound: Iterable[tuple[np.ndarray, int]]) -> Iterator[Any]:
+    """The blocks, or frames, that a fresh stream makes of a sound: pieces float32 [channels, m] with their rate."""
+    for samples, rate in sound:
+        yield from stream.feed(torch.from_numpy(samples), rate)
+    yield from stream.finish()
 
 
 def checksum(samples: Tensor, before: int = 0) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,14 +18,12 @@ from ..joyavatar_core.checkpoint import CheckpointError
 from ..joyavatar_core.generate import Progress, Resume, StateShelf, generate
 from ..joyavatar_core.media import MediaError
 from ..joyavatar_core.media.mp4 import PRESETS, Part, finished_video
-from ..joyavatar_core.media.writer import VideoWriter, part_path
+from ..joyavatar_core.media.writer import VideoWriter, cancelled_path, part_path
 from ..joyavatar_core.rollout import Reseed
 from . import host
 from .preview import SESSIONS, Session
 from .sockets import CATEGORY, Frames
 from .streams import FramePlan
-
-logger = logging.getLogger(__name__)
 
 STATE, SHELF = ".state.safetensors", ".states"
 RETAKE_OF = "joyavatar_retake_of"
@@ -261,7 +258,7 @@ class Job:
         try:
             yield session
         except host.cancelled_by():
-            kept = self.path.with_name(f"{self.path.stem}.cancelled.mp4")
+            kept = cancelled_path(self.path)
             session.end("cancelled", self.place.saved(kept) if kept.exists() else None)
             raise
         except Exception as error:
@@ -361,8 +358,7 @@ def _begun_by(part: Path, frames: FramePlan, options: dict[str, Any]) -> bool:
         begun = Part.read(part)
     except MediaError:
         return False
-    asked = {key: value for key, value in options.items() if value is not None}
-    same_file = all(getattr(begun.layout, key) == value for key, value in asked.items())
+    same_file = all(getattr(begun.layout, key) == value for key, value in options.items())
     return same_file and json.loads(begun.tags.get("settings", "{}")) == _settings(frames)
 
 

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from ..joyavatar_core.generate import Progress
 from ..joyavatar_core.geometry import Geometry
+from ..joyavatar_core.media.mp4 import boxes
 from ..joyavatar_core.media.writer import part_path
 
 logger = logging.getLogger(__name__)
@@ -206,21 +207,13 @@ async def growing(session: Session, every: float = 0.05) -> AsyncIterator[bytes]
 
 def _whole_boxes(file: BinaryIO, start: int) -> bytes:
     """The next bytes of an MP4 file that are whole boxes, about a megabyte at most; empty when none is whole yet."""
+    end = start
+    for box in boxes(file, start):
+        end = box.end
+        if end - start >= _PIECE:
+            break
     file.seek(start)
-    data = file.read(_PIECE)
-    end = 0
-    while end + 8 <= len(data):
-        (size,) = struct.unpack(">I", data[end : end + 4])
-        if size < 8:
-            break
-        if end + size > len(data):
-            if end == 0 and size > _PIECE:  # a fragment larger than a piece
-                file.seek(start)
-                data = file.read(size)
-                return data if len(data) == size else b""
-            break
-        end += size
-    return data[:end]
+    return file.read(end - start)
 
 
 def padding(length: int) -> bytes:

@@ -26,7 +26,7 @@ from ..joyavatar_core.generate import FrameSink, from_uint8, to_uint8
 from ..joyavatar_core.geometry import Geometry
 from ..joyavatar_core.policy import RolloutPolicy
 from ..joyavatar_core.rollout import Reseed
-from ..joyavatar_core.stream import AvatarStream, LatentBlock
+from ..joyavatar_core.stream import AvatarStream, LatentBlock, spoken
 from . import host
 from .host import HostAutoencoder, HostModel
 
@@ -215,9 +215,7 @@ class LatentPlan:
     def __iter__(self) -> Iterator[LatentBlock]:
         """The blocks of a fresh run."""
         with self.run() as stream:
-            for samples, rate in self.voice:
-                yield from stream.latents.feed(torch.from_numpy(samples), rate)
-            yield from stream.latents.finish()
+            yield from spoken(stream.latents, self.voice)
 
 
 @dataclass(frozen=True)
@@ -258,10 +256,7 @@ class FramePlan:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Finished frames uint8 [T, H, W, 3] of a fresh run, a block at a time."""
         with self.run() as stream:
-            for samples, rate in self.latents.voice:
-                for frames in stream.feed(torch.from_numpy(samples), rate):
-                    yield self.finished(to_uint8(frames))
-            for frames in stream.finish():
+            for frames in spoken(stream, self.latents.voice):
                 yield self.finished(to_uint8(frames))
 
 

@@ -222,7 +222,7 @@ class Segment:
                 # with the edit list's 1024 samples added: this is the time in the file, not that of the player
                 container.mux_one(_packet(self._audio, coded.data, coded.index * AAC_FRAME, coded.duration))
         data = self._buffer.getvalue()
-        return data[next(box.start for box in _boxes(io.BytesIO(data)) if box.kind == b"moof") :]
+        return data[next(box.start for box in boxes(io.BytesIO(data)) if box.kind == b"moof") :]
 
 
 def _packet(
@@ -299,7 +299,7 @@ def opening_of(layout: Layout, tags: Mapping[str, str]) -> bytes:
         container.mux_one(_packet(video, bytes(16), 0, 1))
         container.mux_one(_packet(audio, bytes(16), -AAC_FRAME, AAC_FRAME))
     data = buffer.getvalue()
-    return data[: next(box.start for box in _boxes(io.BytesIO(data)) if box.kind == b"moof")]
+    return data[: next(box.start for box in boxes(io.BytesIO(data)) if box.kind == b"moof")]
 
 
 def copy_packets(source: Path, target: Path, layout: Layout, tags: Mapping[str, str]) -> None:
@@ -426,7 +426,7 @@ class _Box:
     end: int
 
 
-def _boxes(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[_Box]:
+def boxes(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[_Box]:
     """The boxes of an MP4 file, or of a box's body from `start` to `end`, up to the first that is not whole."""
     stop = file.seek(0, io.SEEK_END) if end is None else end
     while start + 8 <= stop:
@@ -503,7 +503,7 @@ def _headers(container: InputContainer) -> bytes:
 
 def _fragments(file: BinaryIO) -> Iterator[Fragment]:
     counts = {1: 0, 2: 0}
-    for box in _boxes(file):
+    for box in boxes(file):
         if box.kind == b"moof":
             counts = _counts(file, box)
         elif box.kind == b"mdat":
@@ -513,9 +513,9 @@ def _fragments(file: BinaryIO) -> Iterator[Fragment]:
 def _counts(file: BinaryIO, moof: _Box) -> dict[int, int]:
     """Packets of track 1 (video) and 2 (sound) in a fragment: the sample counts of its `trun` boxes."""
     counts = {1: 0, 2: 0}
-    for track in _boxes(file, moof.body, moof.end):
+    for track in boxes(file, moof.body, moof.end):
         number = 0
-        for box in _boxes(file, track.body, track.end) if track.kind == b"traf" else ():
+        for box in boxes(file, track.body, track.end) if track.kind == b"traf" else ():
             file.seek(box.body + 4)  # past version and flags
             if box.kind == b"tfhd":
                 number = struct.unpack(">I", file.read(4))[0]

@@ -49,6 +49,11 @@ def part_path(path: str | Path) -> Path:
     return _sibling(Path(path), "part")
 
 
+def cancelled_path(path: str | Path) -> Path:
+    """NAME.cancelled.mp4 for NAME.mp4."""
+    return _sibling(Path(path), "cancelled")
+
+
 def resumable_frames(path: str | Path) -> int:
     """Source frames in whole segments of the part file left for `path`: what `VideoWriter.resume` can keep at most.
 
@@ -202,7 +207,7 @@ class VideoWriter:
 
     def cancel(self) -> Path | None:
         """Finish what there is as NAME.cancelled.mp4, with the sound up to the end of its video."""
-        return self._end(_sibling(self.path, "cancelled"), complete=False)
+        return self._end(cancelled_path(self.path), complete=False)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -315,7 +320,7 @@ class VideoWriter:
         if self._closed:
             return None
         if self._interrupted:
-            complete, target = False, _sibling(self.path, "cancelled")
+            complete, target = False, cancelled_path(self.path)
             self._written = self._safe
         elif self._written:
             self._audio.finish()
@@ -381,7 +386,7 @@ def checked_path(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise MediaError(f"{path}: the output must be named NAME.mp4")
-    for name in (path, part_path(path), _sibling(path, "cancelled")):
+    for name in (path, part_path(path), cancelled_path(path)):
         if os.path.isdir(name):  # unlike Path.is_dir, says no to a name that is too long
             raise MediaError(f"{name}: is a folder; name a file")
     probe = _sibling(path, "finishing")

@@ -273,10 +273,10 @@ def test_the_teacher_knows_the_end_better_the_closer_it_is(tmp_path: Path, store
 
 def test_regression_learns_and_resumes_where_it_stopped(tmp_path: Path, store: PairStore):
     state = small_regression(tmp_path, store, learning_rate=1e-3)
-    state.held_out, forgotten = state.pairs[0], state.weights.state()
+    state.held_out, forgotten = state.pairs[0], state.learner.weights.state()
     for part in forgotten.values():
         part["head.head.weight"] *= 0.5  # the teacher's own trajectories are easy for it
-    state.weights.load(forgotten)
+    state.learner.weights.load(forgotten)
     before = state.measure()
     for _ in range(30):
         trainer.train_step(state)
@@ -289,8 +289,8 @@ def test_regression_learns_and_resumes_where_it_stopped(tmp_path: Path, store: P
     trainer.resume(again)
     for _ in range(3):
         trainer.train_step(again)
-    for name, p in state.weights.master.items():
-        assert torch.equal(p, again.weights.master[name]), name
+    for name, p in state.learner.weights.master.items():
+        assert torch.equal(p, again.learner.weights.master[name]), name
     heard = read(store.teacher)[0]
     for name, p in state.model.proj_model.state_dict().items():
         assert torch.equal(p, heard[f"proj_model.{name}"]), name

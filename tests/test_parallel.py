@@ -33,7 +33,7 @@ def one_process(rank: int, port: int, out: str) -> None:
     tensors = [torch.full((2, 3), float(rank)), torch.full((4,), 10.0 * rank)]
     parallel.average(tensors)
     result = {
-        "weights": state.weights.master,
+        "weights": state.learner.weights.master,
         "draws": (common.random(), own.random()),
         "losses": losses,
         "mean": tensors,

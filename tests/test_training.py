@@ -357,8 +357,8 @@ def test_training_learns_and_resumes_where_it_stopped(tmp_path: Path):
     for _ in range(4):
         trainer.train_step(again)
     assert again.steps == 44
-    for name, p in state.weights.master.items():
-        assert torch.equal(p, again.weights.master[name]), name
+    for name, p in state.learner.weights.master.items():
+        assert torch.equal(p, again.learner.weights.master[name]), name
 
 
 def test_batches_take_every_size_as_often_as_it_is_there(tmp_path: Path):

@@ -43,7 +43,6 @@ from .batches import (
     weighted_mean,
 )
 from .clips import list_clips
-from .common import Weights
 from .encoded import EncodedClips, LatentStore
 from .listening import load_projector
 from .sequences import Layout, Mixture, attend, sample_layout
@@ -66,7 +65,7 @@ class Recipe(trainer.Recipe):
 
 
 @dataclass(kw_only=True)
-class Training(trainer.Training[Recipe]):
+class Training(trainer.Supervised[Recipe]):
     """Flow matching on `data`, clips of one size in each part."""
 
     data: tuple[EncodedClips, ...]
@@ -129,14 +128,10 @@ def begin(
         load_projector(projector, model.proj_model)
     if projector or start:
         model.proj_model.requires_grad_(False)
-    model = model.bfloat16()
-    weights = Weights(model, recipe.average)
     return Training(
         recipe=recipe,
         out=out,
-        model=model,
-        weights=weights,
-        optimisers=trainer.make_optimisers(recipe, weights),
+        learner=trainer.learner(model.bfloat16(), recipe),
         data=data,
         held_out=held_out,
         policy=policy_named(recipe.policy),
@@ -176,21 +171,22 @@ def train(
     start: Path | None = None,
     again: bool = False,
 ) -> None:
-    """Train for recipe.minutes of wall-clock time (all sessions together).
+    """Train for recipe.minutes of wall-clock time, or for recipe.steps (all sessions together).
 
-    Training starts with the first clips encoded; a worker encodes the rest meanwhile.
+    By the clock, training starts with the first clips encoded and a worker encodes the rest meanwhile; by steps all
+    are encoded before, so that the run can be repeated.
     """
     out.mkdir(parents=True, exist_ok=True)
     decoder, patch = load_light_autoencoder(autoencoder), MODELS[recipe.model].patch
     store = LatentStore(list_clips(clips), clips, autoencoder, patch)
     if not parallel.rank():
-        store.encode(recipe.held_out + recipe.first_clips)
+        store.encode(None if recipe.steps else recipe.held_out + recipe.first_clips)
     parallel.wait()
     state = begin(recipe, out, store.load(), projector, start)
     if again:
         trainer.resume(state)
     show = preview.choose(state.held_out, clips, decoder, patch)
-    with contextlib.nullcontext() if parallel.rank() else store.worker():
+    with contextlib.nullcontext() if parallel.rank() or recipe.steps else store.worker():
         trainer.loop(state, show, lambda: grow(state, store))
     trainer.finish(state, show)
 

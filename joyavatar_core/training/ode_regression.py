@@ -38,7 +38,7 @@ from .batches import (
     x0_error,
 )
 from .clips import list_clips
-from .common import Weights, record
+from .common import record
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
 from .sequences import Layout, attend, sample_layout
@@ -66,7 +66,7 @@ class Recipe(trainer.Recipe):
 
 
 @dataclass(kw_only=True)
-class Training(trainer.Training[Recipe]):
+class Training(trainer.Supervised[Recipe]):
     """Regression on `pairs`, and a little flow matching on the clips they were made of.
 
     data and pairs have the same clips, one part for each size.
@@ -121,13 +121,10 @@ def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], store: Pair
     data, held_out = hold_out(data, recipe.held_out)
     model = load_model(store.teacher, attention=attend).bfloat16()
     model.proj_model.requires_grad_(False)
-    weights = Weights(model, recipe.average)
     return Training(
         recipe=recipe,
         out=out,
-        model=model,
-        weights=weights,
-        optimisers=trainer.make_optimisers(recipe, weights),
+        learner=trainer.learner(model, recipe),
         policy=store.policy,
         data=data,
         pairs=tuple(store.load(part) for part in data),

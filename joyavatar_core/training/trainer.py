@@ -41,6 +41,7 @@ _LONGEST_STEP = 60.0  # seconds; a longer one means that the process was stopped
 class Recipe:
     """All that decides a training, beside the machine.
 
+    minutes: length by the clock; steps: length in steps instead, which makes a run the same on every machine.
     tokens: video tokens in a batch, whatever the length of its sequences. mouth, eyes: weight of the loss there,
     1 elsewhere. past: weight of the loss on finished blocks. average: decay of the averaged weights.
     held_out: clips kept for measuring.
@@ -49,6 +50,7 @@ class Recipe:
     policy: str = "joyavatar-flash"
     seed: int = 0
     minutes: float = 70.0
+    steps: int | None = None
     tokens: int = 3072
     optimiser: str = "muon"
     learning_rate: float = 2e-3
@@ -65,8 +67,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimiser not in ("muon", "adamw"):
             raise ValueError(f"optimiser {self.optimiser!r} is not known: use muon or adamw")
-        for name, value in (("minutes", self.minutes), ("tokens", self.tokens), ("held_out", self.held_out)):
-            if value <= 0:
+        for name in ("minutes", "tokens", "held_out", "steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
                 raise ValueError(f"{name} {value} must be positive")
 
 
@@ -79,6 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=Path, required=True, help="folder of training.clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="length in steps, in place of minutes")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--learning-rate", type=float)
@@ -112,9 +116,53 @@ def initialise(model: nn.Module, seed: int) -> None:
             nn.init.xavier_uniform_(p.flatten(1), generator=generator)
 
 
-def make_optimisers(recipe: Recipe, weights: Weights) -> list[torch.optim.Optimizer]:
+@dataclass
+class Learner:
+    """A model in training: its weights in their precisions, the optimisers that move them, its peak learning rate."""
+
+    model: JoyAvatarDiT
+    weights: Weights
+    optimisers: list[torch.optim.Optimizer]
+    rate: float
+
+    def update(self, recipe: Recipe, scale: float, step: int) -> float:
+        """Move the weights by the gradients they hold, `scale` the share of the peak rate; the gradients' norm.
+
+        A gradient that is not finite is thrown away.
+        """
+        norm = self.weights.collect()
+        if norm < float("inf"):
+            self.weights.clip(norm, recipe.clip_norm)
+            for optimiser in self.optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = self.rate * scale
+                optimiser.step()
+            self.weights.publish(step)
+        return norm
+
+    def averaged(self) -> JoyAvatarDiT:
+        """The model with the averaged weights, to be used and thrown away."""
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        model.load_state_dict({**model.state_dict(), **self.weights.average})
+        return model
+
+    def state(self) -> dict[str, Any]:
+        return {"weights": self.weights.state(), "optimisers": [o.state_dict() for o in self.optimisers]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.weights.load(state["weights"])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+
+
+def learner(model: JoyAvatarDiT, recipe: Recipe, rate: float | None = None) -> Learner:
+    """A model at the beginning of its training, at the recipe's learning rate or another."""
+    weights, rate = Weights(model, recipe.average), rate or recipe.learning_rate
+    return Learner(model, weights, make_optimisers(recipe, weights, rate), rate)
+
+
+def make_optimisers(recipe: Recipe, weights: Weights, rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and AdamW for all else, or AdamW alone."""
-    rate = recipe.learning_rate
     in_blocks = [n for n, p in weights.master.items() if n.startswith("blocks.") and p.dim() == 2]
     names = in_blocks if recipe.optimiser == "muon" else []
     matrices = [weights.master[n] for n in names]
@@ -139,24 +187,24 @@ def save_transformer(path: Path, model: JoyAvatarDiT, recipe: Recipe, notes: dic
 
 @dataclass(kw_only=True)
 class Training(ABC, Generic[RecipeT]):
-    """All that changes while training, and what it works on. spent: seconds over all sessions; steps likewise."""
+    """All that changes while training, and what it works on. spent: seconds over all sessions; steps likewise.
+
+    learner: the model that the training is for.
+    """
 
     recipe: RecipeT
     out: Path
-    model: JoyAvatarDiT
-    weights: Weights
-    optimisers: list[torch.optim.Optimizer]
+    learner: Learner
     policy: RolloutPolicy
     spent: float = 0.0
     steps: int = 0
 
     @abstractmethod
-    def batch(self) -> Batch:
-        """The batch of the next step: a function of the seed, the step and the process."""
+    def step(self) -> dict[str, float]:
+        """One step of the training, a function of the seed, the step and the process; what it was like.
 
-    @abstractmethod
-    def loss(self, batch: Batch) -> Tensor:
-        """What is to become small."""
+        Figures: loss, norm of the gradient, latents worked on by all processes.
+        """
 
     @abstractmethod
     def measure(self) -> dict[str, float]:
@@ -178,32 +226,54 @@ class Training(ABC, Generic[RecipeT]):
 
     @property
     def progress(self) -> float:
+        """Share of the training that is done: of the steps where the recipe counts them, else of the time."""
+        if self.recipe.steps is not None:
+            return min(1.0, self.steps / self.recipe.steps)
         return min(1.0, self.spent / (60 * self.recipe.minutes))
+
+    @property
+    def rate_scale(self) -> float:
+        """Share of the peak learning rate at this step."""
+        return rate_scale(self.steps, self.recipe.warmup_steps, self.progress)
+
+    @property
+    def model(self) -> JoyAvatarDiT:
+        return self.learner.model
+
+    def learners(self) -> dict[str, Learner]:
+        """All models that change, by name."""
+        return {"generator": self.learner}
 
     def averaged(self) -> JoyAvatarDiT:
         """The model with the averaged weights, to be used and thrown away."""
-        model = copy.deepcopy(self.model).eval().requires_grad_(False)
-        model.load_state_dict({**model.state_dict(), **self.weights.average})
-        return model
+        return self.learner.averaged()
+
+
+class Supervised(Training[RecipeT]):
+    """A training whose step is one batch with known targets: forward, backward, update."""
+
+    @abstractmethod
+    def batch(self) -> Batch:
+        """The batch of the next step: a function of the seed, the step and the process."""
+
+    @abstractmethod
+    def loss(self, batch: Batch) -> Tensor:
+        """What is to become small."""
+
+    def step(self) -> dict[str, float]:
+        batch = self.batch()
+        loss = self.loss(batch)
+        loss.backward()
+        norm = self.learner.update(self.recipe, self.rate_scale, self.steps)
+        latents = batch.x0.shape[0] * batch.layout.latents * parallel.world()
+        return {"loss": loss.item(), "norm": norm, "latents": float(latents)}
 
 
 def train_step(state: Training) -> dict[str, float]:
-    """One batch: forward, backward, update. A gradient that is not finite is thrown away."""
-    recipe, batch = state.recipe, state.batch()
-    loss = state.loss(batch)
-    loss.backward()
-    norm = state.weights.collect()
-    scale = rate_scale(state.steps, recipe.warmup_steps, state.progress)
-    if norm < float("inf"):
-        state.weights.clip(norm, recipe.clip_norm)
-        for optimiser in state.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = recipe.learning_rate * scale
-            optimiser.step()
-        state.weights.publish(state.steps)
+    """The next step."""
+    figures = state.step()
     state.steps += 1
-    latents = batch.x0.shape[0] * batch.layout.latents * parallel.world()
-    return {"loss": loss.item(), "norm": norm, "latents": float(latents)}
+    return figures
 
 
 def save(state: Training) -> None:
@@ -211,8 +281,7 @@ def save(state: Training) -> None:
     content = {
         "steps": state.steps,
         "spent": state.spent,
-        "weights": state.weights.state(),
-        "optimisers": [o.state_dict() for o in state.optimisers],
+        "learners": {name: learner.state() for name, learner in state.learners().items()},
     }
     write_whole(state.out / "train.pt", lambda path: torch.save(content, path))
     notes = {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": state.clips()}
@@ -226,9 +295,8 @@ def resume(state: Training) -> None:
         raise ValueError(f"nothing to resume in {state.out}: start without --resume")
     content = torch.load(path, weights_only=True)
     state.steps, state.spent = content["steps"], content["spent"]
-    state.weights.load(content["weights"])
-    for optimiser, saved in zip(state.optimisers, content["optimisers"], strict=True):
-        optimiser.load_state_dict(saved)
+    for name, learner in state.learners().items():
+        learner.load(content["learners"][name])
     log.info("resumed at step %d, %.1f minutes spent", state.steps, state.spent / 60)
 
 
@@ -247,17 +315,17 @@ class Clock:
 
 
 def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], log_steps: int = 20) -> None:
-    """Train until the budget is spent. Saving and measuring count as time spent; `refresh` comes before measuring."""
+    """Train until the budget of time, or of steps, is spent. Saving and measuring count as time spent; `refresh` comes before measuring."""
     saving, measuring, showing = Clock(150, state.spent), Clock(300, state.spent), Clock(600, state.spent)
-    last, since, sums = time.monotonic(), state.spent, dict.fromkeys(("loss", "norm", "latents"), 0.0)
+    last, since, sums = time.monotonic(), state.spent, dict[str, float]()
     while state.progress < 1:
         figures = train_step(state)
-        sums = {name: total + figures[name] for name, total in sums.items()}
+        sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
         if state.steps % log_steps == 0 and not parallel.rank():
-            line = {"loss": round(sums["loss"] / log_steps, 4), "norm": round(sums["norm"] / log_steps, 3)}
-            rate = round(sums["latents"] / max(1e-9, state.spent - since), 1)
+            rate = round(sums.pop("latents") / max(1e-9, state.spent - since), 1)
+            line = {name: round(total / log_steps, 4) for name, total in sums.items()}
             record(state.out / "curve.jsonl", {**_where(state), **line, "latents_s": rate})
-            since, sums = state.spent, dict.fromkeys(sums, 0.0)
+            since, sums = state.spent, {}
         measure, write, draw = (clock.due(state.spent) for clock in (measuring, saving, showing))
         if measure:
             refresh()

@@ -111,23 +111,22 @@ class Rollout:
 
     def start(self) -> RolloutState:
         """A fresh state: empty caches at their final size."""
+        count = len(self.policy.timesteps) if self.policy.kv_level == "per_step" else 1
+        return RolloutState(tuple(self._cache() for _ in range(count)))
+
+    def _cache(self) -> KVCache:
         config, policy = self.model.config, self.policy
-        count = len(policy.timesteps) if policy.kv_level == "per_step" else 1
-        caches = tuple(
-            KVCache(
-                layers=config.layers,
-                batch=self.batch,
-                block_tokens=self.geometry.tokens_per_latent * policy.block_latents,
-                heads=config.heads,
-                head_dim=config.head_dim,
-                sink_blocks=policy.sink_blocks,
-                local_blocks=policy.local_blocks,
-                dtype=self.dtype,
-                device=self.device,
-            )
-            for _ in range(count)
+        return KVCache(
+            layers=config.layers,
+            batch=self.batch,
+            block_tokens=self.geometry.tokens_per_latent * policy.block_latents,
+            heads=config.heads,
+            head_dim=config.head_dim,
+            sink_blocks=policy.sink_blocks,
+            local_blocks=policy.local_blocks,
+            dtype=self.dtype,
+            device=self.device,
         )
-        return RolloutState(caches)
 
     def restore(self, tensors: StreamTensors, window: int) -> RolloutState:
         """State from `RolloutState.tensors` and its window."""
@@ -190,16 +189,20 @@ class Rollout:
     def _finish(self, state: RolloutState, block: int, kv: list[KV]) -> FinishedBlock:
         """The oldest block is clean: commit it, make it the motion frame, forget what only it needed."""
         latents = state.noisy.pop(block)
-        if self.policy.kv_level == "clean":
-            zero = latents.new_zeros(latents.shape[2])
-            _, kv = self._forward(state, latents, zero, [block], self._past(state, block), self._start(block), None)
         if self.policy.kv_level != "per_step":
-            state.caches[0].commit(block, kv)
+            state.caches[0].commit(block, self._kept(state, block, latents, kv))
         state.motion = latents[:, :, -1:].detach().clone()
         for old in [b for b in state.audio if b < block]:
             del state.audio[old]
             state.audio_kv.pop(old, None)
         return FinishedBlock(block, latents)
+
+    def _kept(self, state: RolloutState, block: int, latents: Tensor, kv: list[KV]) -> list[KV]:
+        """Keys and values that a clean block leaves behind, `kv` being those of its last forward."""
+        if self.policy.kv_level != "clean":
+            return kv
+        zero = latents.new_zeros(latents.shape[2])
+        return self._forward(state, latents, zero, [block], self._past(state, block), self._start(block), None)[1]
 
     def _denoise(self, state: RolloutState, step: DenoiseStep, x: Tensor, here: Tensor) -> tuple[Tensor, list[KV]]:
         """Velocity of the window's blocks, and the keys and values of its oldest one."""
@@ -222,27 +225,28 @@ class Rollout:
         blocks: list[int],
         past: Past | None,
         start: int,
-        motion: Tensor | None,
+        motion: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, list[KV]]:
         """The model on [motion frame | blocks] with all that belongs to those latent frames."""
         latents = range(blocks[0] * self.policy.block_latents, (blocks[-1] + 1) * self.policy.block_latents)
         lead = 0 if motion is None else 1
         indices = range(latents.start - lead, latents.stop)
         if motion is not None:
-            x = torch.cat([motion, x], dim=2)
-            timesteps = torch.cat([timesteps[:1], timesteps])
+            x, timesteps = torch.cat([motion[0], x], dim=2), torch.cat([motion[1], timesteps])
         if self.condition.image is not None:
             x = torch.cat([x, self.condition.image.at(indices).to(x)], dim=1)
         positions = range(start - lead, start + len(latents))
         self.before_forward()
         return self.model(x, timesteps, positions, self.condition.kv, self._audio(state, blocks, lead), past)
 
-    def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> Tensor | None:
-        """MCI: the newest clean latent at the noise level of the window's first block; none before the first block."""
+    def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> tuple[Tensor, Tensor] | None:
+        """MCI: the newest clean latent [B, C, 1, h, w] at the noise level of the window's first block, and that level
+        [1]; none before the first block.
+        """
         if state.motion is None:
             return None
         noise = self._gaussian(step.blocks[0], step.passes[0], state.motion.shape, "motion")
-        return flow.add_noise(state.motion, noise, here[:1])
+        return flow.add_noise(state.motion, noise, here[:1]), here[:1]
 
     def _past(self, state: RolloutState, first: int, cache: int = 0) -> Past | None:
         """Finished blocks and their RoPE indices beside a window that begins with block `first`."""
@@ -256,13 +260,16 @@ class Rollout:
         return self.policy.window_start(first)
 
     def _audio(self, state: RolloutState, blocks: list[int], lead: int) -> AudioKV | None:
-        if not state.audio or self.model.config.audio is None:
+        if not self._hears(state):
             return None
         parts = [self._audio_kv(state, b) for b in blocks]
         if lead:
             n = self.policy.block_latents
             parts.insert(0, self._audio_kv(state, blocks[0] - 1).select(slice(n - 1, n)))
         return AudioKV.join(parts)
+
+    def _hears(self, state: RolloutState) -> bool:
+        return bool(state.audio) and self.model.config.audio is not None
 
     def _audio_kv(self, state: RolloutState, block: int) -> AudioKV:
         """Made once per block, for all its steps."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -420,13 +421,16 @@ def test_recipe_refuses_nonsense(tmp_path: Path):
 def test_the_whole_training_runs_and_goes_on(drawn: Path, weights: Path, tmp_path: Path):
     """Draws, encodes, trains for a second on two sizes, saves, shows, and goes on for half a second more."""
     recipe = replace(small_recipe(), minutes=1 / 60, held_out=1)
-    flow_matching.train(recipe, tmp_path, drawn, weights)
+    start = partial(flow_matching.begin, recipe, tmp_path)
+    flow_matching.train(recipe, tmp_path, drawn, weights, start)
     lines = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     measured, shown = lines[-2:]
     assert {"all_1000", "mouth_250", "deaf_1000", "start"} <= set(measured)
     assert set(shown) == {"step", "minutes", "sync", "ruler", "drift"} and (tmp_path / "preview.png").exists()
     assert load_model(tmp_path / "transformer.safetensors").config == MODELS["small"]
-    flow_matching.train(replace(recipe, minutes=1.5 / 60), tmp_path, drawn, weights, again=True)
+    longer = replace(recipe, minutes=1.5 / 60)
+    start = partial(flow_matching.begin, longer, tmp_path)
+    flow_matching.train(longer, tmp_path, drawn, weights, start, again=True)
     again = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])
     assert again["step"] > shown["step"]
 
@@ -463,8 +467,8 @@ def test_close_ups_are_cuts_of_their_clips_with_the_mouth_inside():
 
 def test_batches_of_close_ups_have_their_size(tmp_path: Path):
     state = small_training(tmp_path)
-    state.recipe = replace(state.recipe, close_ups=1.0, close_up=(4,))
+    state.recipe = replace(state.recipe, framing=batches.Framing(1.0, (4,)))
     state.data = (random_clips(4, (8, 12)),)
     assert {tuple(state.batch().x0.shape[-2:]) for _ in range(3)} == {(4, 4)}
-    state.recipe = replace(state.recipe, close_ups=0.0)
+    state.recipe = replace(state.recipe, framing=batches.Framing(0.0))
     assert tuple(state.batch().x0.shape[-2:]) == (8, 12)

@@ -71,6 +71,39 @@ def draw_clips(random_: random.Random, layout: Layout, count: int, tokens: int, 
     return torch.tensor([random_.randrange(count) for _ in range(batch)])
 
 
+@dataclass(frozen=True)
+class Framing:
+    """What of a picture a batch shows.
+
+    close_ups: odds of squares about the mouths in place of whole frames: more faces for the same time.
+    close_up: their widths in latent cells.
+    """
+
+    close_ups: float = 0.7
+    close_up: tuple[int, ...] = (8, 12)
+
+    def draw(
+        self,
+        data: tuple[EncodedClips, ...],
+        layout: Layout,
+        tokens: int,
+        patch: tuple[int, int],
+        draws: tuple[random.Random, random.Random],
+    ) -> tuple[EncodedClips, Tensor]:
+        """Clips of one size and which of them, [B], make a batch of about `tokens` video tokens.
+
+        data: parts of one size each. draws: common to all processes, and our own.
+        """
+        common, own = draws
+        (part,) = common.choices(data, [len(part) for part in data])
+        cells = common.choice(self.close_up)
+        if min(part.latents.shape[-2:]) < cells or common.random() >= self.close_ups:
+            return part, draw_clips(own, layout, len(part), tokens, part.tokens(patch))
+        each = cells**2 // (patch[0] * patch[1])
+        cut = part.close_ups(draw_clips(own, layout, len(part), tokens, each), cells, patch, own)
+        return cut, torch.arange(len(cut))
+
+
 def predict(model: JoyAvatarDiT, batch: Batch) -> Tensor:
     """Velocity of every latent of the batch, [B, C, F, h, w] float32."""
     dtype = next(model.parameters()).dtype

@@ -18,9 +18,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from ..policy import policy as policy_named
 from . import parallel, preview, trainer
 from .batches import (
     Batch,
+    Framing,
     by_level,
-    draw_clips,
     loss_weights,
     make_batch,
     measured_batch,
@@ -54,18 +55,19 @@ log = logging.getLogger(__name__)
 class Recipe(trainer.Recipe):
     """The recipe of flow matching.
 
-    model: its name in config.MODELS. first_clips: clips encoded before training starts. close_ups: odds of a batch
-    of squares about the mouths, `close_up` latent cells wide, in place of whole frames: more faces for the same time.
+    model: its name in config.MODELS. first_clips: clips encoded before training starts.
     """
 
     model: str = "tiny"
     first_clips: int = 300
-    close_ups: float = 0.7
-    close_up: tuple[int, ...] = (8, 12)
+    framing: Framing = field(default_factory=Framing)
+
+
+RecipeT = TypeVar("RecipeT", bound=Recipe)
 
 
 @dataclass(kw_only=True)
-class Training(trainer.Supervised[Recipe]):
+class Training(trainer.Supervised[RecipeT]):
     """Flow matching on `data`, clips of one size in each part."""
 
     data: tuple[EncodedClips, ...]
@@ -74,15 +76,8 @@ class Training(trainer.Supervised[Recipe]):
     def batch(self) -> Batch:
         """Sequences of one layout and one size."""
         common, own = self.draws()
-        layout = sample_layout(common, self.policy, self.recipe.mixture)
-        (data,) = common.choices(self.data, [len(part) for part in self.data])
-        patch, cells = self.model.config.patch, common.choice(self.recipe.close_up)
-        if min(data.latents.shape[-2:]) >= cells and common.random() < self.recipe.close_ups:
-            each = cells**2 // (patch[0] * patch[1])
-            data = data.close_ups(draw_clips(own, layout, len(data), self.tokens, each), cells, patch, own)
-            clips = torch.arange(len(data))
-        else:
-            clips = draw_clips(own, layout, len(data), self.tokens, data.tokens(patch))
+        layout, patch = sample_layout(common, self.policy, self.recipe.mixture), self.model.config.patch
+        data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
         return make_batch(data, layout, clips, patch, self.recipe.mixture, own.randrange(2**31))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -117,7 +112,7 @@ def begin(
     data: tuple[EncodedClips, ...],
     projector: Path | None = None,
     start: Path | None = None,
-) -> Training:
+) -> Training[Recipe]:
     """A training at step 0, from random weights or from those of a finished training (`start`).
 
     A projector that has learned to listen stays as it is: the given one, or that of `start`.
@@ -155,7 +150,7 @@ def evaluate(model: JoyAvatarDiT, policy: RolloutPolicy, clips: EncodedClips, mi
     return scores | {"start": round(float(squared_error(start, predict(model, start)).mean()), 4)}
 
 
-def grow(state: Training, store: LatentStore) -> None:
+def grow(state: Training[Any], store: LatentStore) -> None:
     """Take in the clips encoded since."""
     if len(store.ready()) > state.recipe.held_out + state.clips():
         state.data, _ = hold_out(store.load(), state.recipe.held_out)
@@ -167,14 +162,13 @@ def train(
     out: Path,
     clips: Path,
     autoencoder: Path,
-    projector: Path | None = None,
-    start: Path | None = None,
+    start: Callable[[tuple[EncodedClips, ...]], Training[Any]],
     again: bool = False,
 ) -> None:
     """Train for recipe.minutes of wall-clock time, or for recipe.steps (all sessions together).
 
-    By the clock, training starts with the first clips encoded and a worker encodes the rest meanwhile; by steps all
-    are encoded before, so that the run can be repeated.
+    start: makes the training at step 0 on the clips there are. By the clock it begins with the first clips encoded
+    and a worker encodes the rest meanwhile; by steps all are encoded before, so that the run can be repeated.
     """
     out.mkdir(parents=True, exist_ok=True)
     decoder, patch = load_light_autoencoder(autoencoder), MODELS[recipe.model].patch
@@ -182,7 +176,7 @@ def train(
     if not parallel.rank():
         store.encode(None if recipe.steps else recipe.held_out + recipe.first_clips)
     parallel.wait()
-    state = begin(recipe, out, store.load(), projector, start)
+    state = start(store.load())
     if again:
         trainer.resume(state)
     show = preview.choose(state.held_out, clips, decoder, patch)
@@ -203,8 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out,
         options.clips,
         options.autoencoder,
-        options.projector,
-        options.initial,
+        lambda data: begin(recipe, options.out, data, options.projector, options.initial),
         options.resume,
     )
 

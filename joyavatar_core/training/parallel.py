@@ -20,7 +20,12 @@ from torch import Tensor
 def join() -> None:
     """Meet the other processes that torchrun started, if there are any."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend())
+
+
+def backend() -> str:
+    """gloo, and beside it NCCL for the tensors of GPUs."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
 
 
 def world() -> int:

@@ -9,6 +9,7 @@ mouth patch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,18 +113,21 @@ def read_ruler(ruler: Tensor, patches: Tensor) -> Tensor:
     return F.pad(patches, (0, 1), value=1.0) @ ruler
 
 
-def write_preview(path: Path, model: JoyAvatarDiT, policy: RolloutPolicy, show: Preview) -> dict[str, float]:
-    """Roll out every clip; PNG with true frames above generated ones; correlation of the lips with the truth.
+def write_preview(path: Path, show: Preview, make: Callable[[int], Tensor]) -> dict[str, float]:
+    """PNG of every clip with true frames above generated ones; correlation of the lips with the truth.
 
+    make: latents [1, C, F, h, w] of clip i, from its start, of its whole length or less.
     `sync` is read on generated frames, `ruler` on every second true frame with a ruler fitted on the others: what
     the ruler itself is good for. `drift` compares the picture's mean colour at both ends with the truth's.
     """
     rows, scores = [], []
     for i, source in enumerate(show.paths):
         clip = read_clip(source)
-        true, made = as_video(clip.video)[0], decode(show.autoencoder, roll_out(model, policy, show, i))
+        made = decode(show.autoencoder, make(i))
+        frames = made.shape[1]
+        true = as_video(clip.video)[0][:, :frames]
         rows += [_strip(true), _strip(made)]
-        scores.append(_scores(true, made, clip.boxes[0, 0], clip.open))
+        scores.append(_scores(true, made, clip.boxes[0, 0], clip.open[:frames]))
     _write_png(path, torch.cat(rows))
     return {name: round(float(np.mean([s[name] for s in scores])), 3) for name in scores[0]}
 

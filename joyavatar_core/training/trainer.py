@@ -16,8 +16,8 @@ import logging
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -42,8 +42,10 @@ class Recipe:
     """All that decides a training, beside the machine.
 
     minutes: length by the clock; steps: length in steps instead, which makes a run the same on every machine.
-    tokens: video tokens in a batch, whatever the length of its sequences. mouth, eyes: weight of the loss there,
-    1 elsewhere. past: weight of the loss on finished blocks. average: decay of the averaged weights.
+    save_steps: steps between saved states, None: by the clock.
+    tokens: video tokens in a batch, whatever the length of its sequences. betas: of AdamW. floor: share of the peak
+    learning rate that is left at the end, 1 keeps it. mouth, eyes: weight of the loss there, 1 elsewhere.
+    past: weight of the loss on finished blocks. average: decay of the averaged weights.
     held_out: clips kept for measuring.
     """
 
@@ -51,10 +53,13 @@ class Recipe:
     seed: int = 0
     minutes: float = 70.0
     steps: int | None = None
+    save_steps: int | None = None
     tokens: int = 3072
     optimiser: str = "muon"
     learning_rate: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.98)
     warmup_steps: int = 60
+    floor: float = 0.02
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     average: float = 0.998
@@ -67,10 +72,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimiser not in ("muon", "adamw"):
             raise ValueError(f"optimiser {self.optimiser!r} is not known: use muon or adamw")
-        for name in ("minutes", "tokens", "held_out", "steps"):
+        for name in ("minutes", "tokens", "held_out", "steps", "save_steps", "learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} {value} must be positive")
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor {self.floor} must be in 0..1: a share of the learning rate")
 
 
 RecipeT = TypeVar("RecipeT", bound=Recipe)
@@ -89,16 +96,27 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimiser", choices=("muon", "adamw"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
 
 
 def parse(parser: argparse.ArgumentParser, kind: type[RecipeT], arguments: Sequence[str] | None) -> tuple[Any, RecipeT]:
     """The options, and the recipe they make; threads and logging are set."""
     options = parser.parse_args(arguments)
+    given = {f.name: vars(options).get(f.name) for f in fields(kind)}
+    recipe = replace(recipe_of(kind, options.recipe), **{n: v for n, v in given.items() if v is not None})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parallel.join()
     torch.set_num_threads(max(1, options.threads // parallel.world()))
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    return options, kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
+    return options, recipe
+
+
+def recipe_of(kind: type[RecipeT], text: str) -> RecipeT:
+    """A recipe whose default values are changed by a JSON object. ValueError names keys that it has not."""
+    try:
+        return checkpoint.config_from_json(kind, text)
+    except checkpoint.CheckpointError as error:
+        known = ", ".join(f.name for f in fields(kind))
+        raise ValueError(f"recipe {text}: {error.__cause__}; known: {known}") from error
 
 
 # Model
@@ -108,12 +126,17 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Xavier matrices, small embeddings, a head that starts at zero, gates that start near zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if name.endswith("modulation"):
-            nn.init.normal_(p, std=0.02, generator=generator)
-        elif name.startswith(("head.head", "time_projection")) or name.endswith("bias"):
-            nn.init.zeros_(p)
-        elif p.dim() >= 2:
-            nn.init.xavier_uniform_(p.flatten(1), generator=generator)
+        initialise_parameter(name, p, generator)
+
+
+def initialise_parameter(name: str, p: Tensor, generator: torch.Generator) -> None:
+    """The weights of norms stay as they are."""
+    if name.endswith("modulation"):
+        nn.init.normal_(p, std=0.02, generator=generator)
+    elif name.startswith(("head.head", "time_projection")) or name.endswith("bias"):
+        nn.init.zeros_(p)
+    elif p.dim() >= 2:
+        nn.init.xavier_uniform_(p.flatten(1), generator=generator)
 
 
 @dataclass
@@ -167,7 +190,7 @@ def make_optimisers(recipe: Recipe, weights: Weights, rate: float) -> list[torch
     names = in_blocks if recipe.optimiser == "muon" else []
     matrices = [weights.master[n] for n in names]
     rest = [p for n, p in weights.master.items() if n not in names]
-    adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(rest, lr=rate, betas=recipe.betas, weight_decay=recipe.weight_decay)
     return [adam, Muon(matrices, lr=rate, weight_decay=recipe.weight_decay)] if matrices else [adam]
 
 
@@ -214,6 +237,10 @@ class Training(ABC, Generic[RecipeT]):
     def clips(self) -> int:
         """How many clips it learns from."""
 
+    def show(self, model: JoyAvatarDiT, what: preview.Preview, clip: int) -> Tensor:
+        """Latents [1, C, F, h, w] that the model makes of a clip's picture and sound: the engine's own rollout."""
+        return preview.roll_out(model, self.policy, what, clip)
+
     def draws(self) -> tuple[random.Random, random.Random]:
         """What decides the next batch: draws common to all processes, so that their work is alike, and our own."""
         place = f"{self.recipe.seed} {self.steps}"
@@ -234,7 +261,7 @@ class Training(ABC, Generic[RecipeT]):
     @property
     def rate_scale(self) -> float:
         """Share of the peak learning rate at this step."""
-        return rate_scale(self.steps, self.recipe.warmup_steps, self.progress)
+        return rate_scale(self.steps, self.recipe.warmup_steps, self.progress, self.recipe.floor)
 
     @property
     def model(self) -> JoyAvatarDiT:
@@ -314,25 +341,51 @@ class Clock:
         return True
 
 
+@dataclass
+class Curve:
+    """Means of what steps were like, every `every` steps a line in curve.jsonl; and the clock of the training."""
+
+    state: Training
+    every: int = 20
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.last, self.since = time.monotonic(), self.state.spent
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Of the step just made."""
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in figures.items()}
+        if self.state.steps % self.every == 0:
+            rate = round(self.sums.pop("latents") / max(1e-9, self.state.spent - self.since), 1)
+            line = {name: round(total / self.every, 4) for name, total in self.sums.items()}
+            if not parallel.rank():
+                record(self.state.out / "curve.jsonl", {**_where(self.state), **line, "latents_s": rate})
+            self.since, self.sums = self.state.spent, {}
+
+    def tick(self) -> None:
+        """All that was done since the last call is time spent, in every process the same."""
+        now = time.monotonic()
+        self.state.spent = parallel.agreed(self.state.spent + min(now - self.last, _LONGEST_STEP))
+        self.last = now
+
+
 def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], log_steps: int = 20) -> None:
-    """Train until the budget of time, or of steps, is spent. Saving and measuring count as time spent; `refresh` comes before measuring."""
+    """Train until the budget of time, or of steps, is spent; `refresh` comes before measuring.
+
+    Saving and measuring count as time spent.
+    """
     saving, measuring, showing = Clock(150, state.spent), Clock(300, state.spent), Clock(600, state.spent)
-    last, since, sums = time.monotonic(), state.spent, dict[str, float]()
+    curve = Curve(state, log_steps)
     while state.progress < 1:
-        figures = train_step(state)
-        sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
-        if state.steps % log_steps == 0 and not parallel.rank():
-            rate = round(sums.pop("latents") / max(1e-9, state.spent - since), 1)
-            line = {name: round(total / log_steps, 4) for name, total in sums.items()}
-            record(state.out / "curve.jsonl", {**_where(state), **line, "latents_s": rate})
-            since, sums = state.spent, {}
+        curve.note(train_step(state))
         measure, write, draw = (clock.due(state.spent) for clock in (measuring, saving, showing))
+        if state.recipe.save_steps is not None:
+            write = state.steps % state.recipe.save_steps == 0
         if measure:
             refresh()
         if not parallel.rank():
             _look(state, show, measure, write, draw)
-        now = time.monotonic()
-        state.spent, last = parallel.agreed(state.spent + min(now - last, _LONGEST_STEP)), now
+        curve.tick()
 
 
 def _look(state: Training, show: preview.Preview, measure: bool, write: bool, draw: bool) -> None:
@@ -351,8 +404,9 @@ def finish(state: Training, show: preview.Preview) -> None:
 
 
 def show_preview(state: Training, show: preview.Preview) -> None:
-    """A real rollout of held-out people into preview.png, and how well its mouths follow the sound."""
-    figures = preview.write_preview(state.out / "preview.png", state.averaged(), state.policy, show)
+    """What it makes of held-out people into preview.png, and how well its mouths follow the sound."""
+    model = state.averaged()
+    figures = preview.write_preview(state.out / "preview.png", show, lambda clip: state.show(model, show, clip))
     record(state.out / "curve.jsonl", {**_where(state), **figures})
 
 

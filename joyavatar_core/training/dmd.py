@@ -1,0 +1,317 @@
+"""Distribution matching distillation of the streaming generator by its own rollouts (JoyAvatar-Flash 4.1).
+
+    python -m joyavatar_core.training.dmd --initial GENERATOR --teacher FILE --autoencoder FILE --clips CLIPS --out DIR
+        --minutes 40 [--resume]
+
+Three models. The generator makes clips as at inference, by `self_forcing.roll_out`: the joint main branch or the
+block-wise auxiliary one, sub-steps of PSB drawn at random, the gradient through one forward a block. The real score,
+the frozen teacher of `bidirectional`, and the fake score, the critic, which learns by flow matching what the generator
+makes just now, say where a noised clip came from; the generator moves along their difference (Yin et al. 2023, 2024;
+Self-Forcing). Nothing but pictures and sounds is taken from the clips. In DIR the files of every training (`trainer`).
+
+Shape legend: B batch, C latent channels, F latent frames of a clip, h w latent size, W audio tokens of a latent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import flow
+from ..autoencoder import TEMPORAL, LightAutoencoder
+from ..avatar import load_light_autoencoder, load_model
+from ..conditioning import ImageChannels, image_channels, reference_tokens
+from ..geometry import Geometry
+from ..model import JoyAvatarDiT
+from . import flow_matching, parallel, preview, trainer
+from .batches import weighted_mean
+from .bidirectional import sample_timesteps, whole_clips
+from .encoded import EncodedClips
+from .self_forcing import History, Inputs, Odds, block_gradients, draw, roll_out
+
+
+@dataclass(frozen=True)
+class Recipe(flow_matching.Recipe):
+    """The recipe of the distillation.
+
+    learning_rate, critic_rate: of generator and critic (paper: 2e-6 and 4e-7 at 64 clips a step).
+    critic_steps: steps of the critic for each of the generator.
+    guidance: how far the real score goes from deaf to hearing, 1: not beyond (Self-Forcing's 3 in this convention: 4).
+    latents: what the scores see of a rollout: its last latents. odds: of the kinds of rollouts.
+    history: level at which the auxiliary branch keeps keys and values (`self_forcing.roll_out`). block_by_block: the
+    gradient of one forward at a time (Live Avatar, algorithm 2): less memory, more forwards of the scores.
+    """
+
+    minutes: float = 40.0
+    optimiser: str = "adamw"
+    learning_rate: float = 1e-4
+    critic_rate: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.999)
+    average: float = 0.99
+    critic_steps: int = 5
+    guidance: float = 4.0
+    latents: int = 21
+    odds: Odds = field(default_factory=Odds)
+    history: History = "policy"
+    block_by_block: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic_steps < 1:
+            raise ValueError(f"critic_steps {self.critic_steps}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the scores see: latents [B, C, F, h, w], what they were made for, weights [B, F, h, w] of the gradient."""
+
+    latents: Tensor
+    inputs: Inputs
+    weights: Tensor
+
+
+# Scores
+
+
+def score(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
+    """Velocity [B, C, F, h, w] that a bidirectional model sees in noised clips x_t at timesteps [B]."""
+    dtype, frames = next(model.parameters()).dtype, x_t.shape[2]
+    condition = inputs.condition(model)
+    x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
+    audio = None if inputs.audio is None else model.audio(inputs.audio[:, :frames].to(dtype))
+    return model(x, timesteps[:, None].expand(-1, frames), range(frames), condition.kv, audio)[0]
+
+
+def clean(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
+    """Clean latents that a score implies."""
+    return flow.to_x0(x_t, score(model, x_t, timesteps, inputs), timesteps[:, None].expand(-1, x_t.shape[2]))
+
+
+def deaf(inputs: Inputs) -> Inputs:
+    """The inputs without what guidance goes away from: the sound."""
+    return replace(inputs, audio=None if inputs.audio is None else torch.zeros_like(inputs.audio))
+
+
+def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float) -> Tensor:
+    """Clean latents of the real score under classifier-free guidance: without sound, and with the negative prompt."""
+    told = clean(model, x_t, timesteps, inputs)
+    if guidance == 1:
+        return told
+    untold = clean(model, x_t, timesteps, deaf(inputs))
+    return untold + guidance * (told - untold)
+
+
+def distribution_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """(fake - real) over the clip's mean distance from the real score's clean latents (DMD, equations 7 and 8)."""
+    size = (x - real).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True)
+    return torch.nan_to_num((fake - real) / size)
+
+
+def distribution_loss(x: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
+    """A loss whose gradient with respect to x is the given one, weighted and averaged over all numbers of x.
+
+    x, gradient [B, C, F, h, w]; weights [B, F, h, w].
+    """
+    target = (x - gradient).detach().double()
+    return 0.5 * ((x.double() - target).square() * weights[:, None]).mean()
+
+
+def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: Tensor) -> Tensor:
+    """Flow matching on what the generator makes; made.latents without gradient."""
+    x_t = flow.add_noise(made.latents, noise, timesteps[:, None].expand(-1, noise.shape[2]))
+    error = (score(model, x_t, timesteps, made.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
+    return weighted_mean(error, made.weights)
+
+
+# Clips for the scores
+
+
+def last_latents(
+    latents: Tensor, inputs: Inputs, weights: Tensor, count: int, autoencoder: LightAutoencoder
+) -> Generated:
+    """The last `count` latents of a rollout as a clip of their own, as the scores know clips.
+
+    A clip begins with a latent of one pixel frame. Of a longer rollout, the frame before the last count - 1 latents is
+    decoded and encoded again as the first one, also into the image channels; its block then has no gradient
+    (Self-Forcing). The reference tokens stay the picture's.
+    """
+    cut = latents.shape[2] - count
+    if cut < 0:
+        raise ValueError(f"a rollout of {latents.shape[2]} latents is shorter than the {count} that the scores see")
+    if not cut:
+        return Generated(latents, inputs, weights)
+    with torch.no_grad():
+        picture = autoencoder.decode(latents[:, :, : cut + 1].float())[:, :, -1]
+        channels = image_channels(autoencoder, picture)
+    first = channels.picture[:, :, None].to(latents)
+    clip = torch.cat([first, latents[:, :, cut + 1 :]], dim=2)
+    audio = None if inputs.audio is None else inputs.audio[:, cut : cut + count]
+    weights = weights[:, cut:].clone()
+    weights[:, 0] = 0
+    return Generated(clip, replace(inputs, channels=channels, audio=audio), weights)
+
+
+# Training
+
+
+@dataclass(kw_only=True)
+class Training(flow_matching.Training[Recipe]):
+    """Distillation with `real` as the real score; the learner is the generator, `critic` the fake score."""
+
+    critic: trainer.Learner
+    real: JoyAvatarDiT
+    autoencoder: LightAutoencoder
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def learners(self) -> dict[str, trainer.Learner]:
+        return {"generator": self.learner, "critic": self.critic}
+
+    def step(self) -> dict[str, float]:
+        """One step of the critic, before it one of the generator where it is due, on the same clips.
+
+        loss: the critic's. norm, distance: gradient of the generator, and what it is made of, mean |fake - real| in
+        shares of the distance to the real score's clean latents; of the last step it had.
+        """
+        if self.steps % self.recipe.critic_steps == 0:
+            made = self._teach_generator()
+        else:
+            (made,) = self._rollouts(gradient=False)
+        loss = critic_loss(self.critic.model, made, *self._noise(made, "critic"))
+        loss.backward()
+        self.critic.update(self.recipe, self.rate_scale, self.steps)
+        latents = made.latents.shape[0] * made.latents.shape[2] * parallel.world()
+        return {"loss": loss.item(), "latents": float(latents), **self.figures}
+
+    def _teach_generator(self) -> Generated:
+        """The generator moves along the difference of the scores; what it made, without gradient."""
+        made, distances = None, []
+        for made in self._rollouts(gradient=True):
+            direction = self._direction(made)
+            distances.append(direction.abs().mean().item())
+            distribution_loss(made.latents, direction, made.weights).backward()
+        assert made is not None
+        norm = self.learner.update(self.recipe, self.rate_scale, self.steps)
+        self.figures = {"norm": norm, "distance": sum(distances) / len(distances)}
+        return replace(made, latents=made.latents.detach())
+
+    @torch.no_grad()
+    def _direction(self, made: Generated) -> Tensor:
+        """What the generator is to move against, [B, C, F, h, w]; a step has one noise and timestep."""
+        timesteps, noise = self._noise(made, "scores")
+        x = made.latents.detach()
+        x_t = flow.add_noise(x, noise, timesteps[:, None].expand(-1, x.shape[2]))
+        real = guided(self.real, x_t, timesteps, made.inputs, self.recipe.guidance)
+        return distribution_gradient(x, real, clean(self.critic.model, x_t, timesteps, made.inputs))
+
+    def _noise(self, made: Generated, purpose: str) -> tuple[Tensor, Tensor]:
+        """Timesteps [B] and noise for a score: a function of the step, the process and the purpose."""
+        _, own = self.draws()
+        generator = torch.Generator().manual_seed(random.Random(f"{purpose} {own.random()}").randrange(2**31))
+        timesteps = sample_timesteps(generator, len(made.latents), self.policy.shift)
+        return timesteps, torch.randn(made.latents.shape, generator=generator)
+
+    def _rollouts(self, gradient: bool) -> Iterator[Generated]:
+        """The generator's clips of this step, as the scores see them: one, or one for each block with a gradient."""
+        common, own = self.draws()
+        drawn = draw(common, self.policy, self.recipe.odds)
+        layout = whole_clips(self.policy, drawn.blocks * self.policy.block_latents)
+        patch = self.model.config.patch
+        data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
+        inputs, weights = conditions(data, clips, layout.latents, patch, self.recipe)
+        height, width = (cells * self.autoencoder.spatial for cells in data.latents.shape[-2:])
+        geometry = Geometry(
+            width, height, block_latents=self.policy.block_latents, spatial=self.autoencoder.spatial, patch=patch
+        )
+        drawn = replace(drawn, seed=own.randrange(2**31))
+        given = (self.model, self.policy, geometry, inputs, drawn)
+        history, dtype = self.recipe.history, next(self.model.parameters()).dtype
+        if gradient and self.recipe.block_by_block:
+            samples = block_gradients(*given, history=history, dtype=dtype)
+        else:
+            samples = iter([roll_out(*given, gradient=gradient, history=history, dtype=dtype)])
+        for sample in samples:
+            yield last_latents(sample.latents, inputs, weights, self.recipe.latents, self.autoencoder)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """How lively rollouts of held-out people are: deviation over time, in shares of the truth's."""
+        model, clips, patch = self.averaged(), self.held_out, self.model.config.patch
+        height, width = (cells * self.autoencoder.spatial for cells in clips.latents.shape[-2:])
+        geometry = Geometry(width, height, spatial=self.autoencoder.spatial, patch=patch)
+        what = preview.Preview((), clips.select(slice(0, 4)), self.autoencoder, geometry)
+        made = torch.cat([self.show(model, what, i) for i in range(len(what.clips))]).transpose(1, 2)
+        true = what.clips.latents[:, : made.shape[1]].float()
+        return {
+            f"lively_{name}": round(_deviation(made, where) / _deviation(true, where), 4)
+            for name, where in (("mouth", what.clips.mouth), ("eyes", what.clips.eyes))
+        }
+
+
+def _deviation(latents: Tensor, where: Tensor) -> float:
+    """Deviation over time of latents [N, F, C, h, w], mean over channels and the cells `where` [N, F, h, w]."""
+    cells = where.float().mean(dim=1)  # [N, h, w]
+    return float(weighted_mean(latents.std(dim=1).mean(dim=1), cells))
+
+
+def conditions(
+    data: EncodedClips, clips: Tensor, latents: int, patch: tuple[int, int], recipe: Recipe
+) -> tuple[Inputs, Tensor]:
+    """What clips [B] give a rollout of so many latents, and the weights [B, F, h, w] of its gradient, 1 on average."""
+    frames = torch.arange(latents)[None].expand(len(clips), -1)
+    channels = data.image_channels(clips, frames, TEMPORAL)
+    picture = reference_tokens(data.image[clips, 0].float(), patch)
+    rows = clips[:, None]
+    mouth, eyes = data.mouth[rows, frames].float(), data.eyes[rows, frames].float()
+    weights = 1 + (recipe.mouth - 1) * mouth + (recipe.eyes - 1) * eyes
+    inputs = Inputs(picture=picture, channels=ImageChannels(channels), audio=data.audio[rows, frames].float())
+    return inputs, weights / weights.mean()
+
+
+def begin(
+    recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path, teacher: Path, autoencoder: Path
+) -> Training:
+    """A distillation at step 0: the generator from `start`, both scores from the teacher; ears stay as they are."""
+    state = flow_matching.begin(recipe, out, data, start=start)
+    real, fake = (load_model(teacher).bfloat16() for _ in range(2))
+    fake.proj_model.requires_grad_(False)
+    decoder = load_light_autoencoder(autoencoder)
+    return Training(
+        **{**vars(state), "recipe": recipe},
+        critic=trainer.learner(fake, recipe, recipe.critic_rate),
+        real=real.eval().requires_grad_(False),
+        autoencoder=decoder,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Distil the streaming generator by distribution matching.")
+    trainer.add_options(parser)
+    parser.add_argument(
+        "--initial", type=Path, required=True, help="generator: transformer.safetensors of ode_regression"
+    )
+    parser.add_argument("--teacher", type=Path, required=True, help="transformer.safetensors of bidirectional")
+    parser.add_argument("--critic-rate", type=float)
+    parser.add_argument("--critic-steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--history", choices=("policy", "clean", "exit"))
+    parser.add_argument("--block-by-block", action="store_true", default=None)
+    options, recipe = trainer.parse(parser, Recipe, arguments)
+    flow_matching.train(
+        recipe,
+        options.out,
+        options.clips,
+        options.autoencoder,
+        lambda data: begin(recipe, options.out, data, options.initial, options.teacher, options.autoencoder),
+        options.resume,
+    )
+
+
+if __name__ == "__main__":
+    main()

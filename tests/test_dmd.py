@@ -1,0 +1,222 @@
+"""The distillation: its gradient where it is known, what it moves, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from joyavatar_core import flow
+from joyavatar_core.avatar import load_light_autoencoder
+from joyavatar_core.conditioning import ImageChannels
+from joyavatar_core.training import bidirectional, dmd, trainer
+from joyavatar_core.training.self_forcing import Inputs, Odds
+
+from .small_training import add_small_preset, random_clips, small_autoencoder, small_training
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch: pytest.MonkeyPatch):
+    add_small_preset(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A transformer that has learned a little, and an autoencoder."""
+    out = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        add_small_preset(monkeypatch)
+        state = small_training(out)
+        for _ in range(20):
+            trainer.train_step(state)
+        trainer.save(state)
+    return out / "transformer.safetensors", small_autoencoder(out / "autoencoder.safetensors")
+
+
+RECIPE = {"model": "small", "tokens": 64, "held_out": 2, "warmup_steps": 1, "average": 0.5}
+
+
+def distillation(out: Path, files: tuple[Path, Path], **options) -> dmd.Training:
+    recipe = dmd.Recipe(**{**RECIPE, **options})
+    return dmd.begin(recipe, out, (random_clips(6),), files[0], files[0], files[1])
+
+
+# The gradient
+
+
+def denoised(x_t: Tensor, timestep: float, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Expected clean value behind x_t where the clean ones are normal: known in closed form."""
+    sigma = timestep / 1000
+    gain = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+    return mean + gain * (x_t - (1 - sigma) * mean)
+
+
+def test_gradient_is_fake_minus_real_in_one_dimension():
+    """Two normal distributions: the step at every x is (fake - real) over the distance, and leads to the real one."""
+    torch.manual_seed(0)
+    real_mean, fake_mean = torch.tensor(2.0), torch.tensor(-1.0)
+    x = (fake_mean + 0.5 * torch.randn(64, 1, 3, 1, 1)).requires_grad_()
+    noise = torch.randn(x.shape)
+    x_t = flow.add_noise(x.detach(), noise, torch.full((64, 3), 600.0))
+    real, fake = (denoised(x_t, 600, mean, torch.tensor(0.5)) for mean in (real_mean, fake_mean))
+    expected = (fake - real) / (x.detach() - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    gradient = dmd.distribution_gradient(x.detach(), real, fake)
+    assert torch.allclose(gradient, expected)
+    dmd.distribution_loss(x, gradient, torch.ones(64, 3, 1, 1)).backward()
+    assert x.grad is not None and torch.allclose(x.grad * x.numel(), expected, atol=1e-6)
+    assert (x.grad < 0).all()  # a step against it goes up, to the real mean
+    same = dmd.distribution_gradient(x.detach(), real, real)
+    assert not same.any()
+    assert not dmd.distribution_gradient(real, real, real).isnan().any()
+
+
+def test_weights_scale_the_gradient():
+    x = torch.zeros(1, 2, 3, 2, 2, requires_grad=True)
+    weights = torch.ones(1, 3, 2, 2)
+    weights[:, 0] = 0
+    weights[0, 1, 0, 0] = 5
+    dmd.distribution_loss(x, torch.ones_like(x), weights).backward()
+    assert x.grad is not None
+    scaled = x.grad * x.numel()
+    assert not scaled[:, :, 0].any() and (scaled[0, :, 1, 0, 0] == 5).all() and (scaled[:, :, 2] == 1).all()
+
+
+def test_distillation_finds_a_known_distribution():
+    """A generator of one number and a learned fake score: mean and spread come to those of the real one."""
+    torch.manual_seed(0)
+    shift, spread = nn.Parameter(torch.tensor(-2.0)), nn.Parameter(torch.tensor(0.3))
+    fake_shift, fake_spread = nn.Parameter(torch.tensor(-2.0)), nn.Parameter(torch.tensor(0.3))
+    generator = torch.optim.Adam([shift, spread], lr=2e-2)
+    critic = torch.optim.Adam([fake_shift, fake_spread], lr=5e-2)
+
+    def fake_x0(x_t: Tensor, timestep: float) -> Tensor:
+        return denoised(x_t, timestep, fake_shift, fake_spread)
+
+    distances = []
+    for step in range(1200):
+        x = shift + spread * torch.randn(256, 1, 1, 1, 1)
+        timestep = float(torch.empty(1).uniform_(100, 900))
+        x_t = flow.add_noise(x.detach(), torch.randn(x.shape), torch.full((256, 1), timestep))
+        loss = (fake_x0(x_t, timestep) - x.detach()).square().mean()
+        critic.zero_grad()
+        loss.backward()
+        critic.step()
+        if step % 2:
+            with torch.no_grad():
+                direction = fake_x0(x_t, timestep) - denoised(x_t, timestep, torch.tensor(1.0), torch.tensor(0.8))
+            distances.append(float(direction.abs().mean()))
+            generator.zero_grad()
+            dmd.distribution_loss(x, direction, torch.ones(256, 1, 1, 1)).backward()
+            generator.step()
+    assert shift.item() == pytest.approx(1.0, abs=0.15) and abs(spread.item()) == pytest.approx(0.8, abs=0.15)
+    assert sum(distances[-50:]) < 0.2 * sum(distances[:50])
+
+
+def test_guidance_goes_from_deaf_to_hearing(files: tuple[Path, Path], tmp_path: Path):
+    state = distillation(tmp_path, files)
+    inputs, _ = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe)
+    x_t, timesteps = torch.randn(2, 16, 6, 4, 4), torch.tensor([300.0, 900.0])
+    with torch.no_grad():
+        heard, deaf = (dmd.clean(state.real, x_t, timesteps, i) for i in (inputs, dmd.deaf(inputs)))
+        assert not torch.equal(heard, deaf)
+        assert torch.equal(dmd.guided(state.real, x_t, timesteps, inputs, 1), heard)
+        assert torch.allclose(dmd.guided(state.real, x_t, timesteps, inputs, 4), deaf + 4 * (heard - deaf))
+
+
+# Clips for the scores
+
+
+def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path]):
+    autoencoder = load_light_autoencoder(files[1])
+    latents, audio = torch.randn(2, 16, 9, 4, 4, requires_grad=True), torch.randn(2, 9, 3, 5)
+    channels = ImageChannels(torch.randn(2, 20, 9, 4, 4))
+    inputs, weights = Inputs(picture=torch.zeros(2, 1, 8), channels=channels, audio=audio), torch.ones(2, 9, 4, 4)
+    same = dmd.last_latents(latents, inputs, weights, 9, autoencoder)
+    assert same.latents is latents and same.inputs is inputs and same.weights is weights
+    made = dmd.last_latents(latents, inputs, weights, 6, autoencoder)
+    assert torch.equal(made.latents[:, :, 1:], latents[:, :, 4:])
+    assert made.inputs.audio is not None and torch.equal(made.inputs.audio, audio[:, 3:])
+    assert made.inputs.channels is not None and made.inputs.channels.at([0]).shape == (2, 20, 1, 4, 4)
+    assert torch.equal(made.latents[:, :, 0], made.inputs.channels.picture)
+    dmd.distribution_loss(made.latents, torch.ones_like(made.latents), made.weights).backward()
+    assert latents.grad is not None and not latents.grad[:, :, :4].any() and latents.grad[:, :, 4:].all()
+    assert weights.all()
+    with pytest.raises(ValueError, match="9 latents is shorter than the 12"):
+        dmd.last_latents(latents, inputs, weights, 12, autoencoder)
+
+
+# Training
+
+
+@pytest.mark.parametrize("odds", [Odds(main=1), Odds(main=0)], ids=["main", "auxiliary"])
+@pytest.mark.parametrize("block_by_block", [False, True], ids=["at once", "block by block"])
+def test_only_what_should_move_moves(tmp_path: Path, files: tuple[Path, Path], odds: Odds, block_by_block: bool):
+    state = distillation(tmp_path, files, odds=odds, critic_steps=2, block_by_block=block_by_block)
+    real = {n: p.clone() for n, p in state.real.named_parameters()}
+    before = {k: {n: p.detach().clone() for n, p in v.weights.master.items()} for k, v in state.learners().items()}
+    trainer.train_step(state)
+    for name, learner in state.learners().items():
+        for n, p in learner.weights.master.items():
+            assert torch.equal(p, before[name][n]) == n.startswith("proj_model."), f"{name} {n}"
+    assert all(torch.equal(p, real[n]) for n, p in state.real.named_parameters())
+    before = {n: p.clone() for n, p in state.model.named_parameters()}
+    figures = trainer.train_step(state)
+    assert all(torch.equal(p, before[n]) for n, p in state.model.named_parameters())
+    assert {"loss", "norm", "distance", "latents"} <= set(figures) and figures["norm"] > 0
+
+
+def test_block_by_block_gives_the_same_step(tmp_path: Path, files: tuple[Path, Path]):
+    masters = []
+    for block_by_block in (False, True):
+        state = distillation(tmp_path, files, block_by_block=block_by_block, clip_norm=1e9)
+        state.learner.model.float(), state.critic.model.float(), state.real.float()
+        state._teach_generator()
+        masters.append({n: p.grad for n, p in state.learner.weights.master.items() if p.grad is not None})
+    assert masters[0].keys() == masters[1].keys() and masters[0]
+    for name, gradient in masters[0].items():
+        assert torch.allclose(gradient, masters[1][name], atol=1e-6, rtol=1e-3), name
+
+
+def test_two_and_two_steps_are_four(tmp_path: Path, files: tuple[Path, Path]):
+    state = distillation(tmp_path, files, critic_steps=2, steps=4)
+    for _ in range(2):
+        trainer.train_step(state)
+    trainer.save(state)
+    for _ in range(2):
+        trainer.train_step(state)
+    again = distillation(tmp_path, files, critic_steps=2, steps=4)
+    trainer.resume(again)
+    for _ in range(2):
+        trainer.train_step(again)
+    assert again.steps == 4 and state.progress == 1
+    for name, learner in state.learners().items():
+        for n, p in learner.weights.master.items():
+            assert torch.equal(p, again.learners()[name].weights.master[n]), (name, n)
+    state.held_out = replace(state.held_out, latents=torch.randn(state.held_out.latents.shape))
+    assert set(state.measure()) == {"lively_mouth", "lively_eyes"} and min(state.measure().values()) > 0
+
+
+def test_the_bidirectional_model_learns_whole_clips(tmp_path: Path, files: tuple[Path, Path]):
+    recipe = bidirectional.Recipe(**RECIPE, latents=9, learning_rate=1e-3)
+    state = bidirectional.begin(recipe, tmp_path, (random_clips(6),), files[0])
+    state.held_out = state.data[0]
+    before = state.measure()
+    for _ in range(40):
+        trainer.train_step(state)
+    after = state.measure()
+    assert after["all_950"] < before["all_950"] and after["all_500"] < before["all_500"]
+    silent = sum(
+        not batch.audio[i].any()
+        for batch in (state.batch() for state.steps in range(60))
+        for i in range(len(batch.audio))
+    )
+    assert silent > 0
+    layout = state.batch().layout
+    assert layout.mask(4) is None and layout.positions() == tuple(range(9)) and layout.motion == 0
+    made = bidirectional.sample(state.averaged(), state.policy, recipe, state.held_out.select(slice(0, 1)), steps=4)
+    assert made.shape == (1, 16, 9, 4, 4) and made.isfinite().all()
+    with pytest.raises(ValueError, match="latents 10: must be a multiple of the 3"):
+        bidirectional.whole_clips(state.policy, 10)

@@ -37,6 +37,7 @@ class RolloutPolicy:
         its own index (the paper's ablation without URCR).
     rope_limit: URCR's N: temporal indices stay below it; None lets them grow.
     motion_frame: MCI: prepend the last finished latent, noised to the level of the window's first block.
+    motion_noise: whether it is noised; without, it stands at timestep 0 (the paper's ablation "w/o add-noise").
     """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -51,6 +52,7 @@ class RolloutPolicy:
     sink_position: SinkPosition = "adjacent"
     rope_limit: int | None = 27
     motion_frame: bool = True
+    motion_noise: bool = True
 
     def __post_init__(self) -> None:
         for problem in _problems(self):

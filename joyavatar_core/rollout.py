@@ -245,6 +245,8 @@ class Rollout:
         """
         if state.motion is None:
             return None
+        if not self.policy.motion_noise:
+            return state.motion, torch.zeros_like(here[:1])
         noise = self._gaussian(step.blocks[0], step.passes[0], state.motion.shape, "motion")
         return flow.add_noise(state.motion, noise, here[:1]), here[:1]
 

@@ -152,10 +152,12 @@ def test_euler_with_one_cache_per_step_runs() -> None:
 
 
 def test_motion_frame_reaches_the_window_and_is_noised() -> None:
-    with_motion, without = (roll(small_rollout(replace(FLASH, motion_frame=m)), 6) for m in (True, False))
+    policies = (FLASH, replace(FLASH, motion_frame=False), replace(FLASH, motion_noise=False))
+    noised, without, clean = (roll(small_rollout(policy), 6) for policy in policies)
     first = slice(0, 3 * 1)  # block 0 is finished before there is any motion frame
-    assert torch.equal(with_motion[:, :, first], without[:, :, first])
-    assert not torch.allclose(with_motion[:, :, 3:], without[:, :, 3:])
+    for a, b in ((noised, without), (noised, clean), (clean, without)):
+        assert torch.equal(a[:, :, first], b[:, :, first])
+        assert not torch.allclose(a[:, :, 3:], b[:, :, 3:])
 
 
 def test_state_round_trip_is_bit_identical() -> None:

@@ -14,11 +14,13 @@ from joyavatar_core import checkpoint
 from joyavatar_core.avatar import random_embedded
 from joyavatar_core.cli.evaluate import table
 from joyavatar_core.cli.main import build_parser, main
+from joyavatar_core.measures import spans
 from joyavatar_core.measures.mouth_reader import MouthReader
 from joyavatar_core.policy import policy
-from joyavatar_core.training import drawn_suite
+from joyavatar_core.training import drawn_sounds, drawn_suite
 from joyavatar_core.training.drawn import sample_clip
-from joyavatar_core.training.drawn_suite import FIRST_SEED, TARGETS, Figure, Report, Suite, Target
+from joyavatar_core.training.drawn_suite import DRIFTS, FIRST_SEED, TARGETS, Figure, Report, Suite, Target
+from joyavatar_core.training.speech import synthesize
 
 SMALL = Suite(clips=2, seconds=2.0, long_seconds=4.0, compared=0.6, fit_clips=2, sizes=((64, 64), (64, 96)))
 
@@ -35,7 +37,8 @@ def report() -> Report:
 
 
 def test_every_figure_is_there_with_interval_and_target(report: Report) -> None:
-    assert set(TARGETS) <= set(report.figures) | {"silence.opening"}
+    conditional = {"silence.opening", "width.correlation", "speech.ratio"} | {f"drift.{n}_errors" for n in DRIFTS}
+    assert set(TARGETS) <= set(report.figures) | conditional
     for name, figure in report.figures.items():
         assert np.isnan(figure.mean) or figure.low - 1e-9 <= figure.mean <= figure.high + 1e-9, name
         assert (figure.target is None) == (name not in TARGETS) == (figure.met is None)
@@ -43,6 +46,70 @@ def test_every_figure_is_there_with_interval_and_target(report: Report) -> None:
     assert report.figures["sync.correlation"].met is False  # random weights do not speak
     margin = report.figures["sync.correlation"].mean - report.figures["sync.loudness_baseline"].mean
     assert report.figures["sync.margin"].mean == pytest.approx(margin)
+
+
+def heard(still: bool) -> drawn_sounds.Heard:
+    """Eight seconds of spoken or babbled sound, read perfectly; a still mouth is shut, round and without teeth."""
+    speech = synthesize(FIRST_SEED, 8.0)
+    truth = {n: np.asarray(getattr(speech, n), np.float64) for n in ("open", "wide", "teeth")}
+    truth["blink"] = np.zeros(len(speech.open))
+    made = {n: np.zeros(len(speech.open)) for n in truth} if still else truth
+    return drawn_sounds.Heard(speech, truth, made, truth)
+
+
+def test_sounds_of_a_perfect_mouth_and_of_a_still_one() -> None:
+    perfect, still = ([heard(s)] * 2 for s in (False, True))
+    best, worst = (drawn_sounds.mouth_of_sounds(clips, 0) for clips in (perfect, still))
+    assert best["closures.rate"].mean == best["closures.on_truth"].mean > 0.9
+    assert best["width.correlation"].mean == pytest.approx(1) and best["teeth.f1"].mean > 0.9
+    assert best["teeth.f1"] == best["teeth.on_truth"] and best["teeth.always"].mean < 0.8
+    assert worst["teeth.f1"].mean == 0 and worst["width.correlation"].mean == 0
+    assert worst["closures.rate"].mean == worst["closures.chance"].mean == 1
+
+
+def test_chance_of_a_closure_is_looked_for_in_speech_only() -> None:
+    """In a pause lips are shut whatever the model does: a mouth that is shut there only has no closure by chance."""
+    clip = heard(False)
+    fps, frames = float(clip.speech.fps), len(clip.speech.open)
+    pauses = spans.near(drawn_sounds.spans_of(clip.speech, "silence"), fps, frames, 1.5 / fps)
+    made = {**clip.truth, "open": np.where(pauses, 0.0, 0.8)}
+    assert pauses.any()
+    found = drawn_sounds._closures([drawn_sounds.Heard(clip.speech, clip.true, made, clip.truth)] * 2)
+    assert found["closures.chance"].mean < 0.2
+
+
+def test_drift_is_judged_by_its_error(report: Report) -> None:
+    long = [replace(report.clips[2], ends=dict.fromkeys(DRIFTS, (0.1, end))) for end in (0.11, 0.12, 0.13)]
+    found = drawn_suite._drift(long)
+    assert found["drift.colour_change"].mean == pytest.approx(0.02)
+    assert found["drift.colour_errors"].mean == pytest.approx(0.02 / (0.01 / 3**0.5))
+    assert "drift.colour_errors" not in drawn_suite._drift(long[:1])
+    assert set(report.clips[2].ends) == set(DRIFTS) and len(report.clips[2].sheet[0]) == 10
+
+
+def test_recorded_speech_is_spoken_too(report: Report) -> None:
+    avatar, reader = random_embedded(dtype=torch.float32), MouthReader().requires_grad_(False).eval()
+    chosen = policy("joyavatar-flash")
+    sound = 0.1 * np.random.default_rng(0).standard_normal(8000 * 5).astype(np.float32)
+    arguments = (SMALL, report.clips[:2], avatar, chosen, reader, drawn_suite.Clock())
+    found = drawn_suite._speech([(sound, 8000)], *arguments)
+    assert found["speech.on_recorded"].n == 2 and found["speech.on_truth"].n == 2
+    assert found["speech.ratio"].mean == pytest.approx(found["speech.on_recorded"].mean / found["speech.on_truth"].mean)
+    with pytest.raises(ValueError, match="as long as a clip"):
+        drawn_suite._speech([(sound[:9000], 8000)], *arguments)
+
+
+def test_seams_of_the_suite_are_those_of_its_blocks(report: Report) -> None:
+    clip = report.clips[0]
+    still = np.zeros((32, 64, 64, 3), np.uint8)
+    made = still.copy()
+    made[9:], made[21:] = 50, 100
+    made[1::2] += 5
+    result = replace(clip, values={})
+    drawn_suite._measure_seams(
+        result, made[::-1], made, random_embedded(dtype=torch.float32), policy("joyavatar-flash")
+    )
+    assert result.values["seam_made"] > 5 > 3 > result.values["seam_true"]
 
 
 def test_report_is_json_and_says_what_it_rests_on(report: Report) -> None:
@@ -66,7 +133,7 @@ def test_pictures_show_truth_above_what_was_made(report: Report, tmp_path: Path)
 
 def test_the_autoencoders_own_frames_have_no_error() -> None:
     clip = sample_clip(FIRST_SEED, 9, (64, 64), 16)
-    result = drawn_suite.ClipResult(0, (64, 64), clip.speech, clip.video[0], clip.boxes[0, 2])
+    result = drawn_suite.ClipResult(0, 0, (64, 64), clip.speech, clip.video[0], clip.boxes[0, 2])
     result.truth = {name: np.array([getattr(p, name) for p in clip.poses]) for name in drawn_suite.QUANTITIES}
     drawn_suite._compare(result, clip, clip.video)
     assert result.values == {"psnr_whole": 99, "psnr_face": 99, "psnr_mouth": 99}

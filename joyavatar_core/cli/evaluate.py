@@ -1,4 +1,4 @@
-"""`joyavatar evaluate`: measure the embedded model, or other files of its kind, on held-out drawn people."""
+"""`joyavatar evaluate`: measure videos, or the embedded model (or files of its kind) on held-out drawn people."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ..avatar import ASSETS, EMBEDDED_FILES, Avatar, assemble_embedded, load_light_autoencoder, load_model
 from ..checkpoint import read
 from ..measures.mouth_reader import load_mouth_reader
+from ..measures.video import SOUNDS, files_in, read_sound
 from .options import dtype_of, policy_of
 
 if TYPE_CHECKING:
@@ -20,7 +23,17 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`joyavatar evaluate`."""
+    """`joyavatar evaluate`: videos where they are named, otherwise the suite."""
+    if args.video and args.pairs:
+        raise ValueError("give a video (or a folder of videos) or --pairs, not both")
+    if args.video or args.pairs:
+        from . import evaluate_videos
+
+        return evaluate_videos.run(args)
+    return _run_suite(args)
+
+
+def _run_suite(args: argparse.Namespace) -> int:
     try:
         from ..training.drawn_suite import QUICK, Suite, run_suite, write_pictures
     except ModuleNotFoundError as error:
@@ -33,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--threads {args.threads} must be at least 1")
         torch.set_num_threads(args.threads)
     wanted = {"clips": args.clips, "seconds": args.seconds, "long_seconds": args.long_seconds}
-    wanted["long_clips"] = 0 if args.long_seconds == 0 else None
+    wanted["long_clips"] = 0 if args.long_seconds == 0 else args.long_clips
     suite = replace(QUICK if args.quick else Suite(), **{k: v for k, v in wanted.items() if v is not None})
     policy = policy_of(args)
     avatar, reader = _avatar(args), load_mouth_reader(args.reader) if args.reader else load_mouth_reader()
     with _bar(suite.clips + suite.long_clips) as bar:
-        report = run_suite(suite, avatar, policy, reader, on_clip=bar.update)
+        recorded = _recorded(Path(args.speech)) if args.speech else []
+        report = run_suite(suite, avatar, policy, reader, on_clip=bar.update, recorded=recorded)
     report.about.update(command=_command(args, suite), policy=asdict(policy), weights=_weights(args))
     if args.out:
         out = Path(args.out)
@@ -46,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
         (out / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
     print(json.dumps(report.as_json(), indent=1) if args.json else table(report))
     return 0
+
+
+def _recorded(folder: Path) -> list[tuple[NDArray[np.float32], int]]:
+    """Mono samples [n] and rate of each file of recorded speech."""
+    return [read_sound(path) for path in files_in(folder, SOUNDS, "recorded speech")]
 
 
 def _paths(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -63,7 +82,8 @@ def _command(args: argparse.Namespace, suite: Suite) -> str:
     """The words that measure the same again; the rollout is under `policy`."""
     long = suite.long_seconds if suite.long_clips else 0
     words = f"joyavatar evaluate --suite {args.suite} --clips {suite.clips} --seconds {suite.seconds:g}"
-    return f"{words} --long-seconds {long:g} --policy {args.policy} --json"
+    words += f" --long-seconds {long:g} --long-clips {suite.long_clips}"
+    return f"{words} --policy {args.policy} --json"
 
 
 def _weights(args: argparse.Namespace) -> dict[str, Any]:

@@ -130,21 +130,42 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    p = commands.add_parser("evaluate", help="measure the embedded model on held-out drawn people (needs espeak-ng)")
-    p.add_argument("--suite", choices=("drawn",), default="drawn")
-    p.add_argument("--clips", type=int, metavar="N", help="clips, in turn in three sizes (24)")
-    p.add_argument("--seconds", type=float, metavar="S", help="length of a clip (12)")
-    p.add_argument("--long-seconds", type=float, metavar="S", help="length of the long run (120); 0: none")
-    p.add_argument("--quick", action="store_true", help="a few short clips: wide intervals, in a minute or two")
+    p = commands.add_parser("evaluate", help="measure videos, or the embedded model on held-out drawn people")
+    p.add_argument("video", nargs="?", metavar="VIDEO|FOLDER", help="without it: the suite (needs espeak-ng)")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     p.add_argument("--out", metavar="DIR", help="folder for report.json, a contact sheet and plots of the curves")
-    p.add_argument("--model", metavar="FILE", help="transformer of the embedded kind (built-in)")
-    p.add_argument("--autoencoder", metavar="FILE", help="its light autoencoder (built-in)")
     p.add_argument("--reader", metavar="FILE", help="weights of the mouth reader (built-in)")
     p.add_argument("--threads", type=int, help="CPU threads")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    _add_measures(p)
+    made = p.add_argument_group("the model that is measured (--pairs and the suite)")
+    made.add_argument("--model", metavar="FILE", help="transformer of the embedded kind (built-in)")
+    made.add_argument("--autoencoder", metavar="FILE", help="its light autoencoder (built-in)")
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    suite = p.add_argument_group("the suite of held-out drawn people")
+    suite.add_argument("--suite", choices=("drawn",), default="drawn")
+    suite.add_argument("--clips", type=int, metavar="N", help="clips, in turn in three sizes (24)")
+    suite.add_argument("--seconds", type=float, metavar="S", help="length of a clip (12)")
+    suite.add_argument("--long-clips", type=int, metavar="N", help="long runs (1); several: drift with its error")
+    suite.add_argument("--long-seconds", type=float, metavar="S", help="length of a long run (120); 0: none")
+    suite.add_argument("--speech", metavar="FOLDER", help="recorded speech to speak too")
+    suite.add_argument("--quick", action="store_true", help="a few short clips: wide intervals, in a minute or two")
     _add_policy(p)
     p.set_defaults(run=_evaluate)
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    p = parser.add_argument_group("measures of videos (docs/evaluate.md)")
+    p.add_argument("--reference", metavar="PICTURE|FOLDER", help="who is shown; in a folder, files of the same name")
+    p.add_argument("--audio", metavar="SOUND|FOLDER", help="what is said, if not the video's own sound")
+    p.add_argument("--truth", metavar="FOLDER", help="recorded clips to compare seams, FID and FVD with")
+    p.add_argument("--block-frames", metavar="[FIRST,]N", help="frames of a block, where the file does not say it")
+    p.add_argument("--face", metavar="X0,Y0,X1,Y1", help="the face in pixels, where it is not found")
+    p.add_argument("--weights", metavar="DIR", help="your copies of DINOv2, SyncNet, Inception, I3D")
+    p.add_argument("--q-align", metavar="COMMAND", help="scores pictures for Q_score and Q_face")
+    p.add_argument("--pairs", metavar="FOLDER", help="pictures and voices of the same names: make and measure videos")
+    p.add_argument("--size", metavar="WxH", help="of the videos of --pairs")
+    p.add_argument("--seed", type=int, default=0, help="of the videos of --pairs")
+    p.add_argument("--generate", metavar="OPTIONS", help="further options of joyavatar generate, in one word")
 
 
 # The commands are imported when they run: `joyavatar --help` and `schedule` need no torch.

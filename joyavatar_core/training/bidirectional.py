@@ -27,12 +27,13 @@ from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..schedule import warp
 from . import flow_matching, preview, trainer
-from .batches import Batch, make_batch, predict, squared_error, weighted_mean
+from .batches import Batch, loss_weights, make_batch, predict, squared_error, weighted_mean
 from .encoded import EncodedClips
 from .sequences import Layout
 
 LOWEST, HIGHEST = 20.0, 980.0
 """Timesteps, after the warp, that a score is asked at (Self-Forcing)."""
+_EVEN = 400.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ def sample_timesteps(generator: torch.Generator, batch: int, shift: float) -> Te
     """One timestep for each clip, [B], after the warp: even before it, kept within LOWEST .. HIGHEST."""
     index = 1000 * torch.rand(batch, generator=generator)
     return warp(index, shift).clamp(LOWEST, HIGHEST)  # pyright: ignore  (arithmetic: tensors pass too)
+
+
+def timestep_weights(model: JoyAvatarDiT, timesteps: Tensor) -> Tensor:
+    """Weights [B, 1, 1, 1] of a velocity's squared error at timesteps [B].
+
+    Where the model predicts clean latents its velocity is off by their error over sigma: below _EVEN the weight falls
+    with sigma squared, or a few nearly clean clips would be all of the loss. 1 elsewhere.
+    """
+    weights = torch.ones_like(timesteps)
+    if model.config.prediction == "x0":
+        weights = (timesteps / _EVEN).clamp(max=1).square()
+    return weights[:, None, None, None]
 
 
 def whole_clips(policy: RolloutPolicy, latents: int) -> Layout:
@@ -85,6 +98,13 @@ class Training(flow_matching.Training[Recipe]):
         generator = torch.Generator().manual_seed(seed)
         batch = at_timesteps(batch, sample_timesteps(generator, len(clips), self.policy.shift))
         return without_sound(batch, torch.rand(len(clips), generator=generator) < self.recipe.drop_audio)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Of the velocity, weighted at mouth and eyes."""
+        v = predict(self.model, batch)
+        weights = loss_weights(batch, self.recipe.mouth, self.recipe.eyes, self.recipe.past)
+        weights = weights * timestep_weights(self.model, batch.timesteps[:, 0])
+        return weighted_mean(squared_error(batch, v), weights)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

@@ -31,7 +31,7 @@ from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from . import flow_matching, parallel, preview, trainer
 from .batches import weighted_mean
-from .bidirectional import sample_timesteps, whole_clips
+from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .encoded import EncodedClips
 from .self_forcing import History, Inputs, Odds, block_gradients, draw, roll_out
 
@@ -126,7 +126,7 @@ def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: 
     """Flow matching on what the generator makes; made.latents without gradient."""
     x_t = flow.add_noise(made.latents, noise, timesteps[:, None].expand(-1, noise.shape[2]))
     error = (score(model, x_t, timesteps, made.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
-    return weighted_mean(error, made.weights)
+    return weighted_mean(error, made.weights * timestep_weights(model, timesteps))
 
 
 # Clips for the scores

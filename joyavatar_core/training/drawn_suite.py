@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,13 +24,16 @@ from numpy.typing import NDArray
 from ..autoencoder import TEMPORAL
 from ..avatar import Avatar
 from ..generate import from_uint8, to_uint8
-from ..measures import pictures, statistics
+from ..measures import curves, drift, pictures, seams, statistics, sync
+from ..measures.face import Face
 from ..measures.mouth_reader import MouthReader, Reading
 from ..measures.statistics import Interval, LoudnessPredictor
+from ..measures.video import Blocks
 from ..policy import RolloutPolicy
 from .clips import SIZES
 from .drawn import Clip, Image, sample_clip
 from .drawn.layers import opencv
+from .drawn_sounds import Heard, mouth_of_sounds, spans_of
 from .mouth_reader import QUANTITIES
 from .speech import Speech, synthesize
 
@@ -49,7 +52,7 @@ class Suite:
     """What is run: `clips` of `seconds`, in turn in all sizes (H, W), and `long_clips` of `long_seconds`.
 
     compared: seconds at the start of each clip that go through the autoencoder. fit_clips: training clips that the
-    loudness predictor is fitted on. Raises ValueError for less than two clips or clips under two seconds.
+    loudness predictor is fitted on. noise_seed: another one gives the same people other noise. Raises ValueError for less than two clips or clips under two seconds.
     """
 
     clips: int = 24
@@ -59,6 +62,7 @@ class Suite:
     compared: float = 4.0
     fit_clips: int = 64
     first_seed: int = FIRST_SEED
+    noise_seed: int = 0
     sizes: tuple[tuple[int, int], ...] = SIZES
     fps: int = 16
 
@@ -106,6 +110,8 @@ class Target:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
 
 
+DRIFTS = ("identity", "colour", "sharpness")
+
 TARGETS: dict[str, Target] = {
     "autoencoder.psnr_whole": Target(least=30),
     "autoencoder.psnr_face": Target(least=32),
@@ -121,6 +127,11 @@ TARGETS: dict[str, Target] = {
     "person.histogram": Target(most=0.5),
     "person.feature": Target(most=0.5),
     "noise.slope": Target(most=0.1),
+    "width.correlation": Target(least=0.6),
+    "teeth.f1": Target(least=0.7),
+    "seam.ratio": Target(most=1.1),
+    "speech.ratio": Target(least=0.9),
+    **{f"drift.{name}_errors": Target(most=2) for name in DRIFTS},
 }
 """What each figure must be. All others are there to judge these by."""
 
@@ -141,7 +152,7 @@ MEANINGS: dict[str, str] = {
     "sync.teeth": "correlation of the teeth, same lag",
     "closures.rate": "share of m, b, p whose lips are read closed within one frame",
     "closures.on_truth": "the same on true frames",
-    "closures.chance": "the same on generated frames at other times of the clip",
+    "closures.chance": "the same on generated frames at other times of the speech, not in pauses or on m, b, p",
     "closures.threshold": "opening under which lips count as closed, from true frames",
     "silence.opening": "mean opening in silences, two frames from any sound",
     "silence.on_truth": "the same on true frames",
@@ -160,6 +171,33 @@ MEANINGS: dict[str, str] = {
     "person.feature_on_truth": "the same of true frames at the end of the short clips",
     "noise.level": "mean size of the Laplacian in flat parts of the long run, grey levels",
     "noise.slope": "its growth a minute, in shares of the level; the interval is over pieces of five seconds",
+    "width.correlation": "width read on generated frames against the truth, on o, u, w and two frames around, same lag",
+    "width.on_truth": "the same read on true frames",
+    "teeth.f1": "F1 of seeing teeth on f, v, s and the like, against sounds where the truth shows none",
+    "teeth.on_truth": "the same on true frames",
+    "teeth.always": "the same for a mouth that always shows them",
+    "teeth.threshold": "teeth from which on they count as seen, from true frames",
+    "seam.jump": "change where blocks meet over change at all other frames",
+    "seam.on_truth": "the same at the same places of the true frames",
+    "seam.ratio": "the first over the second",
+    **{
+        key: text
+        for name, what in (
+            ("identity", "layout feature, distance from the picture"),
+            ("colour", "Hellinger distance of the colours from the picture's"),
+            ("sharpness", "standard deviation of the Laplacian"),
+        )
+        for key, text in (
+            (f"drift.{name}_start", f"{what}: mean over the first 30 s of the long runs"),
+            (f"drift.{name}_end", "the same over the last 30 s"),
+            (f"drift.{name}_change", "the second less the first"),
+            (f"drift.{name}_errors", "that change in standard errors over the long runs"),
+        )
+    },
+    "speech.on_recorded": "opening read on generated frames against the loudness of recorded speech, best lag",
+    "speech.on_synthetic": "the same on the suite's own speech",
+    "speech.on_truth": "the same of the true opening on the suite's own speech",
+    "speech.ratio": "the first over the last",
     "speed.fps": "frames a second of the engine's stream on this machine, as busy as it was",
 }
 
@@ -169,6 +207,7 @@ class ClipResult:
     """What one clip gave; `long` clips fill only what needs no truth frame by frame."""
 
     seed: int
+    noise_seed: int
     size: tuple[int, int]
     speech: Speech
     picture: Image
@@ -180,6 +219,7 @@ class ClipResult:
     colours: NDArray[np.float64] | None = None
     layout: NDArray[np.float64] | None = None
     noise: NDArray[np.float64] | None = None  # [2, twice a second]: minutes, level in shares of its mean
+    ends: dict[str, tuple[float, float]] = field(default_factory=dict)  # of a long run: start and end, by DRIFTS
     sheet: list[Image] = field(default_factory=list)
 
 
@@ -230,8 +270,12 @@ def run_suite(
     reader: MouthReader,
     spoken: bool = True,
     on_clip: Callable[[], None] | None = None,
+    recorded: Sequence[tuple[NDArray[np.float32], int]] = (),
 ) -> Report:
-    """Run everything; on_clip is called after each clip. spoken: refuse to go on with babble (OSError)."""
+    """Run everything; on_clip is called after each clip. spoken: refuse to go on with babble (OSError).
+
+    recorded: speech of real people, mono [n] and its rate, that the suite's people speak too.
+    """
     clock, started = Clock(), time.perf_counter()
     results = []
     for i in range(suite.clips + suite.long_clips):
@@ -247,7 +291,10 @@ def run_suite(
             on_clip()
     with clock.at("baseline"):
         predictor = fit_predictor(suite)
-    figures = _figures(suite, results[: suite.clips], results[suite.clips :], predictor)
+    found = _intervals(suite, results[: suite.clips], results[suite.clips :], predictor)
+    if recorded:
+        found |= _speech(recorded, suite, results[: suite.clips], avatar, policy, reader, clock)
+    figures = {name: _figure(name, found[name]) for name in MEANINGS if name in found}
     return Report(figures, _about(suite, results, clock, time.perf_counter() - started), results)
 
 
@@ -264,12 +311,20 @@ def _level(speech: Speech) -> NDArray[np.float64]:
 # One clip
 
 
-def speak(avatar: Avatar, policy: RolloutPolicy, picture: Image, speech: Speech, seed: int) -> Image:
-    """The engine's own stream over the whole sound: frames [T, H, W, 3]."""
+def _noise(seed: int, suite: Suite) -> int:
+    """Seed of the noise of a clip."""
+    return seed + 1_000_000_000 * suite.noise_seed
+
+
+def speak(
+    avatar: Avatar, policy: RolloutPolicy, picture: Image, audio: NDArray[np.float32], rate: int, seed: int
+) -> Iterator[Image]:
+    """The engine's own stream over the whole sound [n]: frames [T, H, W, 3], a block at a time."""
     stream = avatar.stream(from_uint8(picture), policy, seed)
-    parts = [to_uint8(piece) for piece in stream.feed(torch.from_numpy(speech.audio), speech.sample_rate)]
-    parts += [to_uint8(piece) for piece in stream.finish()]
-    return np.concatenate(parts)
+    for piece in stream.feed(torch.from_numpy(audio), rate):
+        yield to_uint8(piece)
+    for piece in stream.finish():
+        yield to_uint8(piece)
 
 
 @torch.inference_mode()
@@ -287,12 +342,13 @@ def reconstructed(avatar: Avatar, video: Image) -> Image:
 def _short_clip(
     seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
 ) -> ClipResult:
-    result = ClipResult(seed, clip.video.shape[1:3], clip.speech, clip.video[0], clip.boxes[0, 2])
+    result = ClipResult(seed, _noise(seed, suite), clip.video.shape[1:3], clip.speech, clip.video[0], clip.boxes[0, 2])
     result.truth = {name: np.array([getattr(pose, name) for pose in clip.poses]) for name in QUANTITIES}
     with clock.at("autoencoder"):
         count = 1 + (min(len(clip.video), suite.frames(suite.compared)) - 1) // TEMPORAL * TEMPORAL
         _compare(result, clip, reconstructed(avatar, clip.video[:count]))
-    made = _generated(result, avatar, policy, clock)
+    made = np.concatenate(list(_generated(result, avatar, policy, clock)))
+    _measure_seams(result, clip.video, made, avatar, policy)
     with clock.at("read"):
         result.true = reader.read(torch.from_numpy(clip.video))
         result.made = reader.read(torch.from_numpy(made))
@@ -314,12 +370,28 @@ def _compare(result: ClipResult, clip: Clip, made: Image) -> None:
         result.values[f"psnr_{name}"] = pictures.psnr(float(errors.mean()))
 
 
-def _generated(result: ClipResult, avatar: Avatar, policy: RolloutPolicy, clock: Clock) -> Image:
-    begun = time.perf_counter()
-    with clock.at("generate"):
-        made = speak(avatar, policy, result.picture, result.speech, result.seed)
-    result.values["fps"] = len(made) / (time.perf_counter() - begun)
-    return made
+def _generated(result: ClipResult, avatar: Avatar, policy: RolloutPolicy, clock: Clock) -> Iterator[Image]:
+    """Frames as they come; only the engine's own time counts for its speed."""
+    speech, spent, frames = result.speech, 0.0, 0
+    stream = speak(avatar, policy, result.picture, speech.audio, speech.sample_rate, result.noise_seed)
+    while True:
+        begun = time.perf_counter()
+        with clock.at("generate"):
+            piece = next(stream, None)
+        spent += time.perf_counter() - begun
+        if piece is None:
+            break
+        frames += len(piece)
+        yield piece
+    result.values["fps"] = frames / spent
+
+
+def _measure_seams(result: ClipResult, true: Image, made: Image, avatar: Avatar, policy: RolloutPolicy) -> None:
+    """Jumps where blocks of the engine meet, in frames that no codec has touched."""
+    geometry = avatar.geometry((result.size[1], result.size[0]), policy)
+    blocks = Blocks(len(geometry.frames_of_block(0)), len(geometry.frames_of_block(1)))
+    for name, frames in (("made", made), ("true", true)):
+        result.values[f"seam_{name}"] = seams.jump(seams.change(frames), blocks.seams(len(frames))).mean
 
 
 def _describe(result: ClipResult, last: Image) -> None:
@@ -337,27 +409,60 @@ def _own_distance(result: ClipResult, frames: Image) -> float:
 def _long_clip(
     seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
 ) -> ClipResult:
-    """The first picture of the drawn clip and several utterances."""
+    """The first picture of the drawn clip and several utterances; nothing is read here."""
     speech = synthesize(seed, suite.long_seconds, suite.fps)
-    result = ClipResult(seed, clip.video.shape[1:3], speech, clip.video[0], clip.boxes[0, 2])
-    made = _generated(result, avatar, policy, clock)
-    with clock.at("read"):
-        _describe(result, made[-suite.frames(min(_LAST, suite.long_seconds / 2)) :])
-        rows = np.arange(suite.fps // 2, len(made), suite.fps // 2)  # twice a second, not the first picture's copy
-        levels = pictures.noise(made[rows], pictures.flat_pixels(result.picture))
-    result.values["noise"] = float(levels.mean())
-    result.noise = np.stack([rows / suite.fps / 60, levels / max(float(levels.mean()), 1e-9)])
-    shown = np.linspace(0, len(made) - 1, 20).round().astype(int)
-    result.sheet = [made[shown[:10]], made[shown[10:]]]
+    result = ClipResult(seed, _noise(seed, suite), clip.video.shape[1:3], speech, clip.video[0], clip.boxes[0, 2])
+    kept = _Kept(result.picture, suite)
+    x0, y0, x1, y1 = (float(v) for v in result.box)
+    face = Face(((x0 + x1) / 2, (y0 + y1) / 2), (y1 - y0) / 2, "given", float("nan"))
+    pieces = kept.watch(_generated(result, avatar, policy, clock))
+    traced = curves.trace(pieces, suite.fps, face, result.picture)
+    for name, values in zip(DRIFTS, (traced.layout, traced.colours, traced.sharpness), strict=True):
+        result.ends[name] = drift.windows(values, traced.seconds)
+    _describe(result, np.stack(kept.last))
+    noise = np.array(kept.noise)
+    result.values["noise"] = float(noise.mean())
+    result.noise = np.stack([np.array(kept.minutes), noise / max(float(noise.mean()), 1e-9)])
+    result.sheet = [np.stack(kept.shown[:10]), np.stack(kept.shown[10:])]
     return result
+
+
+class _Kept:
+    """What is kept of a long run while it passes: the frames of ten minutes would not fit into memory.
+
+    noise, minutes: twice a second. last: frames of the last seconds. shown: twenty frames, evenly over the run.
+    """
+
+    def __init__(self, picture: Image, suite: Suite) -> None:
+        self.noise: list[float] = []
+        self.minutes: list[float] = []
+        self.last: list[Image] = []
+        self.shown: list[Image] = []
+        self._flat, self._fps, total = pictures.flat_pixels(picture), suite.fps, suite.frames(suite.long_seconds)
+        self._from = total - suite.frames(min(_LAST, suite.long_seconds / 2))
+        self._show = np.linspace(0, total - 1, 20).round().astype(int).tolist()
+
+    def watch(self, pieces: Iterator[Image]) -> Iterator[Image]:
+        """The same pieces, looked at as they pass."""
+        index, half = 0, max(1, self._fps // 2)
+        for piece in pieces:
+            for frame in piece:
+                if index and index % half == 0:  # not the first picture's copy
+                    self.noise.append(float(pictures.noise(frame[None], self._flat)[0]))
+                    self.minutes.append(index / self._fps / 60)
+                self.shown += [frame] * self._show.count(index)
+                if index >= self._from:
+                    self.last.append(frame)
+                index += 1
+            yield piece
 
 
 # All clips
 
 
-def _figures(
+def _intervals(
     suite: Suite, short: list[ClipResult], long: list[ClipResult], predictor: LoudnessPredictor
-) -> dict[str, Figure]:
+) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for name in ("psnr_whole", "psnr_face", "psnr_mouth"):
         found[f"autoencoder.{name}"] = statistics.mean_interval([r.values[name] for r in short])
@@ -365,14 +470,16 @@ def _figures(
         read, truth = [_read(r.true, name) for r in short], [r.truth[name] for r in short]
         found[f"reader.r2_{name}"] = statistics.pooled_r_squared(read, truth)
     found |= _sync(short, predictor)
-    found |= _closures(short)
+    found |= mouth_of_sounds([_heard(r) for r in short], round(found["sync.lag"].mean))
+    found |= _seams(short)
     found |= _stillness(short, suite)
     found |= _person(short, long)
     if long:
         found["noise.level"] = statistics.mean_interval([r.values["noise"] for r in long])
         found["noise.slope"] = _noise_slope(long)
+        found |= _drift(long)
     found["speed.fps"] = statistics.mean_interval([r.values["fps"] for r in (*short, *long)])
-    return {name: _figure(name, found[name]) for name in MEANINGS if name in found}
+    return found
 
 
 def _figure(name: str, value: Interval) -> Figure:
@@ -410,34 +517,77 @@ def _sync(short: list[ClipResult], predictor: LoudnessPredictor) -> dict[str, In
     }
 
 
-def _spans(speech: Speech, kind: str) -> list[statistics.Span]:
-    return [(phone.start, phone.end) for phone in speech.phones if phone.kind == kind]
+def _heard(result: ClipResult) -> Heard:
+    true = {name: _read(result.true, name) for name in QUANTITIES}
+    made = {name: _read(result.made, name) for name in QUANTITIES}
+    return Heard(result.speech, true, made, result.truth)
 
 
-def _closures(short: list[ClipResult]) -> dict[str, Interval]:
-    """The threshold is what true frames show of m, b and p; chance is the same lips at other times."""
-    rng = np.random.default_rng(0)
-    smallest: dict[str, list[NDArray[np.float64]]] = {"true": [], "made": [], "chance": []}
-    for result in short:
-        speech, fps = result.speech, float(result.speech.fps)
-        spans, seconds = _spans(speech, "bilabial"), len(speech.audio) / speech.sample_rate
-        made = _read(result.made, "open")
-        smallest["true"].append(statistics.closest(_read(result.true, "open"), spans, fps))
-        smallest["made"].append(statistics.closest(made, spans, fps))
-        others = [s for by in rng.uniform(0, seconds, 8) for s in statistics.moved(spans, seconds, float(by))]
-        smallest["chance"].append(statistics.closest(made, others, fps))
-    threshold = statistics.closure_threshold(np.concatenate(smallest["true"]))
-
-    def rate(name: str) -> Interval:
-        closed = [float((values < threshold).sum()) for values in smallest[name]]
-        return statistics.ratio_interval(closed, [float(len(values)) for values in smallest[name]])
-
+def _seams(short: list[ClipResult]) -> dict[str, Interval]:
+    made, true = ([r.values[f"seam_{name}"] for r in short] for name in ("made", "true"))
     return {
-        "closures.rate": rate("made"),
-        "closures.on_truth": rate("true"),
-        "closures.chance": rate("chance"),
-        "closures.threshold": Interval(threshold, threshold, threshold, len(short)),
+        "seam.jump": statistics.mean_interval(made),
+        "seam.on_truth": statistics.mean_interval(true),
+        "seam.ratio": statistics.ratio_interval(made, true),
     }
+
+
+def _drift(long: list[ClipResult]) -> dict[str, Interval]:
+    """Start, end and change of the long runs; the change in standard errors where there are several."""
+    found: dict[str, Interval] = {}
+    for name in DRIFTS:
+        starts, ends = ([r.ends[name][i] for r in long] for i in (0, 1))
+        moved = drift.change(starts, ends)
+        found[f"drift.{name}_start"] = statistics.mean_interval(starts)
+        found[f"drift.{name}_end"] = statistics.mean_interval(ends)
+        found[f"drift.{name}_change"] = moved.change
+        if len(long) > 1:
+            errors = moved.standard_errors
+            found[f"drift.{name}_errors"] = Interval(errors, errors, errors, len(long))
+    return found
+
+
+def _speech(
+    recorded: Sequence[tuple[NDArray[np.float32], int]],
+    suite: Suite,
+    short: list[ClipResult],
+    avatar: Avatar,
+    policy: RolloutPolicy,
+    reader: MouthReader,
+    clock: Clock,
+) -> dict[str, Interval]:
+    """How openings follow loudness: on recorded speech, cut into clips, and on the suite's own.
+
+    Recorded speech has no true mouth; what the true opening of synthesised speech has to do with its loudness is what
+    can be asked for. Raises ValueError if no recording is as long as a clip.
+    """
+    pieces = [
+        (audio[start : start + round(suite.seconds * rate)], rate)
+        for audio, rate in recorded
+        for start in range(0, len(audio) - round(suite.seconds * rate) + 1, round(suite.seconds * rate))
+    ]
+    if not pieces:
+        raise ValueError(f"no recording of --speech is as long as a clip of {suite.seconds:g} s; give --seconds")
+    values = []
+    for i, (audio, rate) in enumerate(pieces[: suite.clips]):
+        result = short[i % len(short)]
+        with clock.at("recorded"):
+            made = np.concatenate(list(speak(avatar, policy, result.picture, audio, rate, result.noise_seed)))
+            opening = reader.read(torch.from_numpy(made)).open.double().numpy()
+            values.append(_follows(opening, audio, rate, suite))
+    own = [_follows(_read(r.made, "open"), r.speech.audio, r.speech.sample_rate, suite) for r in short]
+    truth = [_follows(r.truth["open"], r.speech.audio, r.speech.sample_rate, suite) for r in short]
+    base = float(np.mean(truth))
+    return {
+        "speech.on_recorded": statistics.mean_interval(values),
+        "speech.on_synthetic": statistics.mean_interval(own),
+        "speech.on_truth": statistics.mean_interval(truth),
+        "speech.ratio": statistics.mean_interval([value / base for value in values]),
+    }
+
+
+def _follows(opening: NDArray[np.float64], audio: NDArray[np.float32], rate: int, suite: Suite) -> float:
+    return sync.relation(opening, sync.envelope(audio, rate, suite.fps, len(opening)), suite.fps).correlation
 
 
 def _stillness(short: list[ClipResult], suite: Suite) -> dict[str, Interval]:
@@ -446,7 +596,7 @@ def _stillness(short: list[ClipResult], suite: Suite) -> dict[str, Interval]:
     blinks: dict[str, list[float]] = {"true": [], "made": []}
     head: dict[str, list[float]] = {"true": [], "made": []}
     for result in short:
-        spans = _spans(result.speech, "silence")
+        spans = spans_of(result.speech, "silence")
         for name, reading in (("true", result.true), ("made", result.made)):
             assert reading is not None
             opening = _read(reading, "open")
@@ -513,6 +663,7 @@ def _about(suite: Suite, results: list[ClipResult], clock: Clock, seconds: float
         "suite": "drawn",
         "settings": {**asdict(suite), "sizes": [f"{w}x{h}" for h, w in suite.sizes]},
         "seeds": [result.seed for result in results],
+        "noise_seed": suite.noise_seed,
         "voices": [result.speech.source for result in results],
         "seconds": round(seconds, 1),
         "time_share": {what: round(spent / seconds, 3) for what, spent in clock.spent.items()},

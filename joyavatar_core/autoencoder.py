@@ -1,27 +1,35 @@
 """The light causal autoencoder (TAEHV kind): frame-wise 2-D convolutions joined in time by memory blocks.
 
 One class serves twice: with small widths it is the embedded model's autoencoder, with the published widths and keys
-it is the fast decoder for Wan latents (taew2_1, taew2_2). It streams by nature: a memory block sees its own previous
-input and nothing else of the past, so all memory is one frame per block.
+it is the fast decoder for Wan latents (TAEHV's taew2_1 and taew2_2, LightX2V's lighttaew2_1). It streams by nature: a
+memory block sees its own previous input and nothing else of the past, so all memory is one frame per block.
 
 Shape legend: B batch, T pixel frames, F latent frames, C channels, H W pixel size, h w latent size; inside the
 layers time is folded into the batch axis: [(B T), C, H, W].
 
 Causality: three copies of the first pixel frame stand before the clip, so latent 0 holds frame 0 and latent i >= 1
-frames 4i-3 .. 4i. The decoder makes four frames of every latent and the first three are dropped.
+frames 4i-3 .. 4i. The decoder makes four frames of every latent and the first three are dropped. The published
+encoders were trained with the copies behind the clip instead: their latent i is made of frames 4i .. 4i+3 (`ahead`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import CheckpointError, config_from_json
 from .types import StreamTensors
+from .wan_vae import WanVAEConfig
+
+logger = logging.getLogger(__name__)
 
 TEMPORAL = 4
 _ENCODER_STRIDES = (2, 2, 1)
@@ -34,6 +42,7 @@ class AutoencoderConfig:
 
     patch: pixel-unshuffle at the input and pixel-shuffle at the output; spatial compression is 8 * patch.
     latent_mean, latent_std: per channel; empty for models whose latents are normalised already.
+    ahead: latent i is encoded from frames 4i .. 4i+3 (the published ones), and not from 4i-3 .. 4i.
     """
 
     latent_channels: int = 16
@@ -44,6 +53,7 @@ class AutoencoderConfig:
     decoder_blocks: tuple[int, int, int] = (3, 3, 3)
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
+    ahead: bool = False
 
     @property
     def spatial(self) -> int:
@@ -59,8 +69,8 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         encoder_blocks=(1, 2, 2),
         decoder_blocks=(1, 3, 3),
     ),
-    "taew2_1": AutoencoderConfig(),
-    "taew2_2": AutoencoderConfig(latent_channels=48, patch=2),
+    "taew2_1": AutoencoderConfig(ahead=True),
+    "taew2_2": AutoencoderConfig(latent_channels=48, patch=2, ahead=True),
 }
 
 
@@ -186,15 +196,28 @@ class LightAutoencoder(nn.Module):
 
     def encode(self, video: Tensor) -> Tensor:
         """video [B, 3, T, H, W] in [-1, 1], T = 1 + 4 (F - 1) -> latents [B, C, F, h, w], normalised."""
-        return self.encode_stream(video, None)[0]
+        if not self.config.ahead:
+            return self.encode_stream(video, None)[0]
+        _check_frames(video.shape[2], start=True)
+        return self._encode(torch.cat([video, video[:, :, -1:].expand(-1, -1, TEMPORAL - 1, -1, -1)], dim=2), None)[0]
 
     def encode_stream(self, video: Tensor, state: StreamTensors | None) -> tuple[Tensor, StreamTensors]:
-        """Encode the next pixel frames: 1 + 4 k of them at the start (state None), 4 k later."""
-        frames = video.shape[2]
-        if (frames - (state is None)) % TEMPORAL or frames == 0:
-            raise ValueError(f"{frames} pixel frames: the first piece must hold 1 + 4 k frames, later ones 4 k")
+        """Encode the next pixel frames: 1 + 4 k of them at the start (state None), 4 k later.
+
+        Raises ValueError for other counts, and for an encoder that looks ahead: it would need what is yet to come.
+        """
+        if self.config.ahead:
+            raise ValueError(
+                "this autoencoder's encoder looks three frames ahead, so it cannot encode piece by piece: "
+                "encode the whole clip at once, or with the VAE it stands for"
+            )
+        _check_frames(video.shape[2], start=state is None)
         if state is None:
             video = torch.cat([video[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), video], dim=2)
+        return self._encode(video, state)
+
+    def _encode(self, video: Tensor, state: StreamTensors | None) -> tuple[Tensor, StreamTensors]:
+        """Pixel frames, four for every latent."""
         x = F.pixel_unshuffle(_fold_time((video + 1) / 2), self.config.patch)
         x, state = _run(self.encoder, x, video.shape[0], state)
         return self._normalise(_unfold_time(x, video.shape[0]).to(video.dtype)), state
@@ -236,6 +259,11 @@ class LightAutoencoder(nn.Module):
         if not self.config.latent_mean:
             return latents
         return latents * _channels(self.config.latent_std, latents) + _channels(self.config.latent_mean, latents)
+
+
+def _check_frames(frames: int, start: bool) -> None:
+    if (frames - start) % TEMPORAL or frames == 0:
+        raise ValueError(f"{frames} pixel frames: the first piece must hold 1 + 4 k frames, later ones 4 k")
 
 
 def _encoder_layers(config: AutoencoderConfig, ops: Any) -> Iterable[nn.Module]:
@@ -308,3 +336,103 @@ def _unfold_time(frames: Tensor, batch: int) -> Tensor:
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+
+
+# Which autoencoder a file holds
+
+_FOREIGN = {
+    "taehv": "Hunyuan Video",
+    "lighttaehy": "Hunyuan Video",
+    "taecvx": "CogVideoX",
+    "taeos": "Open-Sora",
+    "taeltx": "LTX",
+    "taeh3": "MiniMax H3",
+}
+"""Light autoencoders of other models, by the beginnings of their file names; some have the very keys of taew2_1."""
+
+_ENCODER_LAYOUT = re.compile("c-" + 3 * "tc(m*)" + "c")
+_DECODER_LAYOUT = re.compile("-c-(m*)" + 2 * "-tc(m*)" + "-tc-c")
+
+
+def light_config(name: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AutoencoderConfig:
+    """Config of a light autoencoder's file: from our metadata, else from the shapes, its name and its precision.
+
+    name: of the file. taew2_1 and lighttaew2_1 have the same keys and shapes but other latents, see `_takes_raw`.
+    Where the layout is not TAEHV's the answer is taew2_1, so that a strict loading names the keys that are wrong.
+    Raises CheckpointError for the autoencoder of another model.
+    """
+    if "autoencoder_config" in metadata:
+        return config_from_json(AutoencoderConfig, metadata["autoencoder_config"])
+    stem = Path(name).stem.lower()
+    model = next((model for start, model in _FOREIGN.items() if stem.startswith(start)), None)
+    if model:
+        raise CheckpointError(f"{name} is the light autoencoder of {model}: use taew2_1 or lighttaew2_1 for Wan2.1")
+    if "decoder.1.conv.0.weight" in tensors:
+        raise CheckpointError(
+            f"{name} is a large variant of TAEHV ('super'), which is not known here: use the plain one"
+        )
+    config = _config_of_shapes({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    if not _takes_raw(stem, tensors):
+        return config
+    wan = WanVAEConfig()
+    if config.latent_channels != wan.latent_channels:
+        raise CheckpointError(
+            f"{name} seems to be LightTAE for {config.latent_channels} latent channels, whose scale is not known here: "
+            f"known is lighttaew2_1, of {wan.latent_channels}; a file of TAEHV's keeps its name, taew2_2"
+        )
+    return replace(config, latent_mean=wan.latent_mean, latent_std=wan.latent_std)
+
+
+def _takes_raw(stem: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the decoder takes the VAE's own latents (LightTAE) and not the normalised ones that models make (TAEHV).
+
+    LightX2V goes by the name alone, so it comes first; a renamed file is told by its precision: TAEHV publishes
+    float16, LightTAE float32 (the host goes by that too).
+    """
+    if "taew" in stem:
+        return "lighttaew" in stem
+    first = tensors.get("decoder.1.weight")
+    raw = first is not None and first.dtype != torch.float16
+    logger.warning(
+        "%s: taken for %s by its precision; name it taew2_1 or lighttaew2_1 if that is wrong",
+        stem,
+        "LightTAE" if raw else "TAEHV",
+    )
+    return raw
+
+
+def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfig:
+    """Widths and numbers of memory blocks; those of taew2_1 or taew2_2 where the layout is another."""
+    encoder, decoder = _layout(shapes, "encoder"), _layout(shapes, "decoder")
+    down, up = _ENCODER_LAYOUT.fullmatch(encoder), _DECODER_LAYOUT.fullmatch(decoder)
+    if not down or not up:
+        first = shapes.get("decoder.1.weight", (0, 0))
+        return AUTOENCODERS["taew2_2" if first[1:2] == (48,) else "taew2_1"]
+    encoder_convs = [i for i, kind in enumerate(encoder) if kind == "c"]
+    decoder_convs = [i for i, kind in enumerate(decoder) if kind == "c"]
+    blocks = [[len(match[level]) for level in (1, 2, 3)] for match in (down, up)]
+    widths = [shapes[f"decoder.{i}.weight"][0] for i in decoder_convs]
+    return AutoencoderConfig(
+        latent_channels=shapes["decoder.1.weight"][1],
+        patch=round((widths[-1] / 3) ** 0.5),
+        encoder_widths=_three(shapes[f"encoder.{i}.weight"][0] for i in encoder_convs[1:4]),
+        decoder_widths=(widths[0], *_three(widths[1:4])),
+        encoder_blocks=_three(blocks[0]),
+        decoder_blocks=_three(blocks[1]),
+        ahead=True,
+    )
+
+
+def _three(numbers: Iterable[int]) -> tuple[int, int, int]:
+    first, second, third = numbers
+    return first, second, third
+
+
+def _layout(shapes: Mapping[str, tuple[int, ...]], part: str) -> str:
+    """A letter for every layer: c convolution, t change of the frame rate, m memory block, - without weights."""
+    numbers = [int(key.split(".")[1]) for key in shapes if re.match(rf"{part}\.\d+\.", key)]
+    letters = {"weight": "c", "conv.weight": "t", "conv.0.weight": "m"}
+    return "".join(
+        next((letter for end, letter in letters.items() if f"{part}.{i}.{end}" in shapes), "-")
+        for i in range(max(numbers, default=-1) + 1)
+    )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .attention import AttentionFn, sdpa
 from .audio import AudioFrontEnd, LogMel
-from .autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
+from .autoencoder import AUTOENCODERS, LightAutoencoder, light_config
 from .conditioning import image_channels, reference_tokens
 from .config import MODELS, AudioConfig, FaceConfig, ModelConfig
 from .geometry import Geometry
@@ -197,7 +197,7 @@ def load_autoencoder(path: str | Path, ops: Any = nn) -> WanVAE | LightAutoencod
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> WanVAE | LightAutoencoder:
         if "conv2.weight" in tensors:
             return WanVAE(detect_vae_config(tensors), ops)
-        return _empty_light_autoencoder(metadata, tensors, ops)
+        return LightAutoencoder(light_config(Path(path).name, metadata, tensors), ops)
 
     return checkpoint.load_module(path, build, "autoencoder")
 
@@ -210,22 +210,12 @@ def wan_vae_of(tensors: checkpoint.Tensors, ops: Any = nn) -> WanVAE:
 
 
 def load_light_autoencoder(path: str | Path, ops: Any = nn) -> LightAutoencoder:
-    """A light autoencoder from a file of ours, or TAEHV's published weights (widths from the shapes)."""
+    """A light autoencoder from a file of ours, or TAEHV's or LightTAE's published weights (see `light_config`)."""
 
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> LightAutoencoder:
-        return _empty_light_autoencoder(metadata, tensors, ops)
+        return LightAutoencoder(light_config(Path(path).name, metadata, tensors), ops)
 
     return checkpoint.load_module(path, build, "light autoencoder")
-
-
-def _empty_light_autoencoder(metadata: dict[str, str], tensors: checkpoint.Tensors, ops: Any) -> LightAutoencoder:
-    if "autoencoder_config" in metadata:
-        config = checkpoint.config_from_json(AutoencoderConfig, metadata["autoencoder_config"])
-    elif "decoder.1.weight" in tensors and tensors["decoder.1.weight"].shape[1] == 48:
-        config = AUTOENCODERS["taew2_2"]
-    else:
-        config = AUTOENCODERS["taew2_1"]
-    return LightAutoencoder(config, ops)
 
 
 def detect_config(tensors: checkpoint.Tensors) -> ModelConfig:

@@ -266,12 +266,12 @@ def test_text_is_umt5_of_the_cleaned_prompt(tmp_path: Path) -> None:
     torch.manual_seed(2)
     model = save_umt5(tmp_path)
     wanted = model(input_ids=torch.tensor([[3, 4, 5, 1]])).last_hidden_state
-    got = full_size.encode_text(tmp_path, "  a &amp;lt;", 8, CPU, torch.float32)
+    got = full_size.load_text_encoder(tmp_path, 8, CPU, torch.float32)("  a &amp;lt;")
     assert got.shape == (1, 3, TEXT)  # "a", one unknown word, the end
-    got = full_size.encode_text(tmp_path, " a\n calm  speaker", 8, CPU, torch.float32)
+    got = full_size.load_text_encoder(tmp_path, 8, CPU, torch.float32)(" a\n calm  speaker")
     assert torch.allclose(got, wanted, atol=1e-6)
-    assert full_size.encode_text(tmp_path, "a " * 50, 8, CPU, torch.float32).shape == (1, 8, TEXT)
-    assert full_size.encode_text(tmp_path, "", 8, CPU, torch.float32).shape == (1, 1, TEXT)
+    assert full_size.load_text_encoder(tmp_path, 8, CPU, torch.float32)("a " * 50).shape == (1, 8, TEXT)
+    assert full_size.load_text_encoder(tmp_path, 8, CPU, torch.float32)("").shape == (1, 1, TEXT)
 
 
 def test_tokenizer_beside_the_encoder(tmp_path: Path) -> None:
@@ -280,12 +280,12 @@ def test_tokenizer_beside_the_encoder(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "text_encoder" / name).rename(tmp_path / "tokenizer" / name)
-    got = full_size.encode_text(tmp_path / "text_encoder", "a", 8, CPU, torch.float32)
+    got = full_size.load_text_encoder(tmp_path / "text_encoder", 8, CPU, torch.float32)("a")
     assert got.shape == (1, 2, TEXT)
     (tmp_path / "tokenizer" / "tokenizer.json").rename(tmp_path / "gone")
     (tmp_path / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no tokenizer"):
-        full_size.encode_text(tmp_path / "text_encoder", "a", 8, CPU, torch.float32)
+        full_size.load_text_encoder(tmp_path / "text_encoder", 8, CPU, torch.float32)("a")
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def test_picture_tokens_leave_the_last_block_but_one(tmp_path: Path) -> None:
     blocks[1].register_forward_hook(note)
     picture = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
     model(pixel_values=full_size.clip_pixels(picture, 28))
-    got = full_size.encode_picture(tmp_path, picture, CPU, torch.float32)
+    got = full_size.load_clip_vision(tmp_path, CPU, torch.float32)(picture)
     assert got.shape == (1, 5, CLIP) and torch.allclose(got, seen[0], atol=1e-6)
 
 

@@ -17,7 +17,7 @@ LONGEST_FUNCTION = 80
 
 # Layers of the engine from the bottom up: a file may import only from earlier rows (training and cli: from all).
 LAYERS = [
-    {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint"},
+    {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint", "known_weights"},
     {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors"},
     {"model", "wav2vec", "estimate"},
     {"rollout", "plain"},

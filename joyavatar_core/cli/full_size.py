@@ -34,6 +34,7 @@ from ..avatar import (
     takes_reference_tokens,
 )
 from ..config import MODELS, AudioConfig, ModelConfig
+from ..media.face import face_of_file
 from ..media.picture import fit_picture
 from ..types import VideoAutoencoder
 from ..wav2vec import Layers, Wav2Vec2Whole, Wav2Vec2Windows, load_wav2vec2
@@ -88,31 +89,42 @@ def read_tokens(path: str | Path) -> Tensor:
     return tensor
 
 
-@torch.no_grad()
-def encode_text(folder: str | Path, prompt: str, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A prompt through umT5 -> [1, L, C] with L <= length; longer prompts are cut, as Wan2.1 does.
+def load_text_encoder(
+    folder: str | Path, length: int, device: torch.device, dtype: torch.dtype
+) -> Callable[[str], Tensor]:
+    """umT5 as a function of a prompt -> [1, L, C] with L <= length; longer prompts are cut, as Wan2.1 does.
 
     folder: as transformers saves it; the tokenizer lies there, or in `tokenizer` in it or beside it.
     """
     transformers = require("transformers", "the text encoder")
     # published in bfloat16; float16 overflows in this family
     model = _pretrained(transformers.UMT5EncoderModel, folder, torch.bfloat16 if dtype == torch.float16 else dtype)
+    model = model.to(device)
     with _quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_folder(Path(folder)), local_files_only=True)
-    prompt = " ".join(html.unescape(html.unescape(prompt)).split())
-    words = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=length)["input_ids"]
-    if not words.numel() or int(words.max()) >= model.config.vocab_size:
-        raise ValueError(f"the tokenizer in {folder} does not belong to the text encoder there")
-    return model.to(device)(input_ids=words.to(device)).last_hidden_state.float().cpu()
+
+    @torch.no_grad()
+    def encode(prompt: str) -> Tensor:
+        prompt = " ".join(html.unescape(html.unescape(prompt)).split())
+        words = tokenizer(prompt, return_tensors="pt", truncation=True, max_length=length)["input_ids"]
+        if not words.numel() or int(words.max()) >= model.config.vocab_size:
+            raise ValueError(f"the tokenizer in {folder} does not belong to the text encoder there")
+        return model(input_ids=words.to(device)).last_hidden_state.float().cpu()
+
+    return encode
 
 
-@torch.no_grad()
-def encode_picture(folder: str | Path, picture: np.ndarray, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A picture (uint8 [H, W, 3]) through CLIP-vision -> [1, L, C]: the output of the last block but one (Wan2.1)."""
+def load_clip_vision(folder: str | Path, device: torch.device, dtype: torch.dtype) -> Callable[[np.ndarray], Tensor]:
+    """CLIP-vision as a function of a picture (uint8 [H, W, 3]) -> [1, L, C]: the last block but one (Wan2.1)."""
     transformers = require("transformers", "the CLIP-vision encoder")
     model = _pretrained(transformers.CLIPVisionModel, folder, dtype).to(device)
-    pixels = clip_pixels(picture, model.config.image_size).to(device, dtype)
-    return model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float().cpu()
+
+    @torch.no_grad()
+    def encode(picture: np.ndarray) -> Tensor:
+        pixels = clip_pixels(picture, model.config.image_size).to(device, dtype)
+        return model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2].float().cpu()
+
+    return encode
 
 
 def clip_pixels(picture: np.ndarray, size: int) -> Tensor:
@@ -211,17 +223,17 @@ def _encoded(
             "--text-encoder",
             args.text_encoder,
             config.text_dim,
-            lambda folder: encode_text(folder, args.prompt, config.text_len, device, dtype),
+            lambda folder: load_text_encoder(folder, config.text_len, device, dtype)(args.prompt),
         )
     if _takes_clip(config):
         image = _tokens(
             "--clip-vision",
             args.clip_vision,
             config.image_dim,
-            lambda folder: encode_picture(folder, picture, device, dtype),
+            lambda folder: load_clip_vision(folder, device, dtype)(picture),
         )
     if config.face and args.face:
-        face = _face(args.face, config.face.features)
+        face = _face(args, config.face.features)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the encoders held
     return Encoded(text, image, face)
@@ -237,11 +249,12 @@ def _tokens(option: str, path: str, channels: int, encode: Callable[[Path], Tens
     return tokens
 
 
-def _face(path: str, numbers: int) -> Tensor:
-    face = read_tokens(path)
+def _face(args: argparse.Namespace, numbers: int) -> Tensor:
+    """An embedding [1, numbers] of length one, from a file that holds one or from a picture."""
+    face = torch.from_numpy(face_of_file(args.face, args.face_model, args.face_detector, args.face_points))
     if face.numel() != numbers:
-        raise ValueError(f"--face {path} holds {list(face.shape)}: the model takes {numbers} numbers")
-    return face.reshape(1, numbers)
+        raise ValueError(f"--face {args.face} gives {face.numel()} numbers: the model takes {numbers}")
+    return face[None]
 
 
 # Files

@@ -1,4 +1,4 @@
-"""`joyavatar`: demo, generate, schedule, doctor, bench, evaluate. One error, one line, exit status 2."""
+"""`joyavatar`: demo, generate, evaluate, prepare, train and more. One error, one line, exit status 2."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .. import samples
 from ..policy import POLICIES
+from . import prepare, train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,8 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_schedule(commands)
     _add_doctor(commands)
+    _add_download(commands)
     _add_bench(commands)
     _add_evaluate(commands)
+    prepare.add(commands)
+    _add_train(commands)
     return parser
 
 
@@ -75,7 +79,10 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     full.add_argument("--whole-audio", action="store_true", help="hear the whole sound at once (at most 60 s)")
     full.add_argument("--text-encoder", metavar="PATH", help="umT5 folder, or a file with a ready embedding")
     full.add_argument("--clip-vision", metavar="PATH", help="CLIP-vision folder, or a file with ready tokens")
-    full.add_argument("--face", metavar="FILE", help="file with a 512-number face embedding (.npy or .safetensors)")
+    full.add_argument("--face", metavar="FILE", help="a face embedding (.npy, .safetensors, .json), or a picture")
+    full.add_argument("--face-model", metavar="FILE.onnx", help="ArcFace, for a picture")
+    full.add_argument("--face-detector", metavar="FILE.onnx", help="YuNet, which finds the face in the picture")
+    full.add_argument("--face-points", metavar='"X,Y ..."', help="the face's five points by hand instead")
     full.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--size", metavar="WxH", help="video size in pixels")
@@ -112,7 +119,17 @@ def _add_schedule(commands: argparse._SubParsersAction) -> None:
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("doctor", help="what is installed, what is missing, how fast this machine is")
+    p.add_argument("--models", nargs="+", metavar="DIR", help="folders like ComfyUI's models, to look for weights in")
     p.set_defaults(run=_doctor)
+
+
+def _add_download(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("download", help="fetch weights of others, after their licence was shown")
+    p.add_argument("profile", nargs="?", metavar="NAME", help="a system or a part of one; without it they are listed")
+    p.add_argument("--to", default="models", metavar="DIR", help="folder like ComfyUI's models (%(default)s)")
+    p.add_argument("--accept-licence", action="store_true", help="fetch: the licences shown without it are accepted")
+    p.add_argument("--comfyui", action="store_true", help="encoders in one file, for ComfyUI's own loaders")
+    p.set_defaults(run=_download)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
@@ -168,6 +185,12 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--generate", metavar="OPTIONS", help="further options of joyavatar generate, in one word")
 
 
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("train", help="train a stage of a model: joyavatar train STAGE --help")
+    train.add_options(p)
+    p.set_defaults(run=train.run)
+
+
 # The commands are imported when they run: `joyavatar --help` and `schedule` need no torch.
 
 
@@ -191,6 +214,12 @@ def _schedule(args: argparse.Namespace) -> int:
 
 def _doctor(args: argparse.Namespace) -> int:
     from .doctor import run
+
+    return run(args)
+
+
+def _download(args: argparse.Namespace) -> int:
+    from .download import run
 
     return run(args)
 

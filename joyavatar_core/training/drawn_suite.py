@@ -52,7 +52,8 @@ class Suite:
     """What is run: `clips` of `seconds`, in turn in all sizes (H, W), and `long_clips` of `long_seconds`.
 
     compared: seconds at the start of each clip that go through the autoencoder. fit_clips: training clips that the
-    loudness predictor is fitted on. noise_seed: another one gives the same people other noise. Raises ValueError for less than two clips or clips under two seconds.
+    loudness predictor is fitted on. noise_seed: another one gives the same people other noise. Raises ValueError for
+    less than two clips or clips under two seconds.
     """
 
     clips: int = 24

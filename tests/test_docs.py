@@ -23,6 +23,7 @@ from torch import nn
 from joyavatar_core.autoencoder import AUTOENCODERS, LightAutoencoder
 from joyavatar_core.checkpoint import TRANSLATIONS
 from joyavatar_core.cli.main import build_parser
+from joyavatar_core.cli.train import STAGES, stage_parser
 from joyavatar_core.config import MODELS, ModelConfig
 from joyavatar_core.model import JoyAvatarDiT
 from joyavatar_core.wan_vae import WanVAE, WanVAEConfig
@@ -84,7 +85,7 @@ def test_examples_of_the_command_line_parse() -> None:
 
 def options() -> set[str]:
     """Every option of every command."""
-    parsers, found = [build_parser()], set()
+    parsers, found = [build_parser(), *(stage_parser(stage) for stage in STAGES)], set()
     while parsers:
         for action in parsers.pop()._actions:
             found |= set(action.option_strings)
@@ -96,7 +97,9 @@ def options() -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_options_exist(name: str) -> None:
     outside = {
-        line for line in text_of(name).splitlines() if "joyavatar_core.training" in line or "ruff format" in line
+        line
+        for line in text_of(name).splitlines()
+        if any(other in line for other in ("joyavatar_core.training", "ruff format", "torchrun"))
     }
     text = "\n".join(line for line in text_of(name).splitlines() if line not in outside)
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))

@@ -27,7 +27,7 @@ LAYERS = [
     {"cli", "training"},
 ]
 IO_LIBRARIES = {"av", "cv2", "PIL", "tqdm"}
-LAZY = {"librosa", "cv2", "transformers", "scipy", "PIL", "matplotlib"}
+LAZY = {"librosa", "cv2", "transformers", "scipy", "PIL", "matplotlib", "peft"}
 
 
 def layer_of(name: str) -> int:

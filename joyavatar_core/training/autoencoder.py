@@ -21,7 +21,7 @@ import logging
 import math
 import multiprocessing
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -614,22 +614,24 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None =
     return state.figures or {}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the light autoencoder on drawn clips.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
-    parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--size", type=int, default=Recipe.size)
-    parser.add_argument("--crop", type=int, default=Recipe.crop)
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--crop", type=int)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--decoder-of", type=Path, help="autoencoder.safetensors whose decoder learns on")
     parser.add_argument("--resume", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
-    rate = args.learning_rate
-    recipe = Recipe(seed=args.seed, minutes=args.minutes, size=args.size, crop=args.crop, learning_rate=rate)
+    given = {name: vars(args)[name] for name in ("minutes", "seed", "size", "crop", "learning_rate")}
+    recipe = checkpoint.config_from_json(Recipe, args.recipe)
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     train(recipe, args.out, args.resume, args.decoder_of)
 
 

@@ -81,10 +81,13 @@ class Generated:
 
 def score(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
     """Velocity [B, C, F, h, w] that a bidirectional model sees in noised clips x_t at timesteps [B]."""
-    dtype, frames = next(model.parameters()).dtype, x_t.shape[2]
+    dtype, frames = model.compute or next(model.parameters()).dtype, x_t.shape[2]
     condition = inputs.condition(model)
     x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
-    audio = None if inputs.audio is None else model.audio(inputs.audio[:, :frames].to(dtype))
+    audio = None
+    if inputs.audio is not None:
+        valid = None if inputs.valid is None else inputs.valid[:frames]
+        audio = model.audio(inputs.audio[:, :frames].to(dtype), valid)
     return model(x, timesteps[:, None].expand(-1, frames), range(frames), condition.kv, audio)[0]
 
 
@@ -152,9 +155,10 @@ def last_latents(
     first = channels.picture[:, :, None].to(latents)
     clip = torch.cat([first, latents[:, :, cut + 1 :]], dim=2)
     audio = None if inputs.audio is None else inputs.audio[:, cut : cut + count]
+    valid = None if inputs.valid is None else inputs.valid[cut : cut + count]
     weights = weights[:, cut:].clone()
     weights[:, 0] = 0
-    return Generated(clip, replace(inputs, channels=channels, audio=audio), weights)
+    return Generated(clip, replace(inputs, channels=channels, audio=audio, valid=valid), weights)
 
 
 # Training

@@ -196,13 +196,17 @@ def make_optimisers(recipe: Recipe, weights: Weights, rate: float) -> list[torch
 
 def save_transformer(path: Path, model: JoyAvatarDiT, recipe: Recipe, notes: dict[str, Any]) -> None:
     """Weights with all that is needed to use them and to know where they come from, as JSON in the metadata."""
-    metadata = {
+    checkpoint.write(path, model.state_dict(), metadata(model, recipe, notes))
+
+
+def metadata(model: JoyAvatarDiT, recipe: Recipe, notes: dict[str, Any]) -> dict[str, str]:
+    """Of a file of weights."""
+    return {
         "model_config": checkpoint.config_to_json(model.config),
         "policy": recipe.policy,
         "recipe": checkpoint.config_to_json(recipe),
         "notes": json.dumps(notes),
     }
-    checkpoint.write(path, model.state_dict(), metadata)
 
 
 # Training
@@ -311,8 +315,12 @@ def save(state: Training) -> None:
         "learners": {name: learner.state() for name, learner in state.learners().items()},
     }
     write_whole(state.out / "train.pt", lambda path: torch.save(content, path))
-    notes = {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": state.clips()}
-    save_transformer(state.out / "transformer.safetensors", state.averaged(), state.recipe, notes)
+    save_transformer(state.out / "transformer.safetensors", state.averaged(), state.recipe, notes(state))
+
+
+def notes(state: Training) -> dict[str, Any]:
+    """What a training has done so far."""
+    return {"steps": state.steps, "minutes": round(state.spent / 60, 1), "clips": state.clips()}
 
 
 def resume(state: Training) -> None:

@@ -203,11 +203,12 @@ class AudioEncoder(io.ComfyNode):
 class FolderOfAudio(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _folder_schema(
-            "JoyAvatarFolderOfAudio",
-            "JoyAvatar Folder of Audio",
-            "All sound files of a folder under input, one after the other: what follows runs once for each.",
-            io.Audio.Output("audio", is_output_list=True),
+        return io.Schema(
+            node_id="JoyAvatarFolderOfAudio",
+            display_name="JoyAvatar Folder of Audio",
+            description="All sound files of a folder under input, one after the other: what follows runs once "
+            "for each.",
+            **_folder_schema(io.Audio.Output("audio", is_output_list=True)),
         )
 
     @classmethod
@@ -223,11 +224,11 @@ class FolderOfAudio(io.ComfyNode):
 class FolderOfImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return _folder_schema(
-            "JoyAvatarFolderOfImages",
-            "JoyAvatar Folder of Images",
-            "All pictures of a folder under input, one after the other: what follows runs once for each.",
-            io.Image.Output("image", is_output_list=True),
+        return io.Schema(
+            node_id="JoyAvatarFolderOfImages",
+            display_name="JoyAvatar Folder of Images",
+            description="All pictures of a folder under input, one after the other: what follows runs once for each.",
+            **_folder_schema(io.Image.Output("image", is_output_list=True)),
         )
 
     @classmethod
@@ -240,19 +241,17 @@ class FolderOfImages(io.ComfyNode):
         return io.NodeOutput([read_image(path) for path in paths], [path.stem for path in paths])
 
 
-def _folder_schema(node_id: str, name: str, description: str, output: Any) -> io.Schema:
-    return io.Schema(
-        node_id=node_id,
-        display_name=name,
-        category=CATEGORY,
-        description=description,
-        search_aliases=["batch", "list", "directory", "load folder"],
-        inputs=[
+def _folder_schema(output: Any) -> dict[str, Any]:
+    """What the two schemas share; each keeps its own node id, for ComfyUI-Manager reads those from the source."""
+    return {
+        "category": CATEGORY,
+        "search_aliases": ["batch", "list", "directory", "load folder"],
+        "inputs": [
             io.Combo.Input("folder", options=_folders(), tooltip="A folder under ComfyUI's input folder."),
             io.Int.Input("limit", default=0, min=0, max=10000, tooltip="The most files to take; 0 takes all."),
         ],
-        outputs=[output, io.String.Output("name", is_output_list=True)],
-    )
+        "outputs": [output, io.String.Output("name", is_output_list=True)],
+    }
 
 
 def _folders() -> list[str]:

@@ -1,31 +1,25 @@
 """The example workflows: their files belong together, and ComfyUI's own front end loads and exports them as stored.
 
 The tests in the browser: `COMFYUI_PATH=... JOYAVATAR_PLAYWRIGHT=FOLDER pytest -m comfyui tests/test_front_end.py`, with
-playwright-core in FOLDER/node_modules, Node.js, and a Chromium on the PATH or at JOYAVATAR_CHROMIUM.
+Node.js; browser/chromium.py says what these and two more variables name.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .browser import chromium
 from .comfyui_host import GOLDEN, ROOT, Host
 
 FOLDER = ROOT / "workflows"
 WORKFLOWS = sorted(path.stem for path in FOLDER.glob("*.json"))
-SCRIPT = Path(__file__).parent / "browser" / "front_end.mjs"
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 NOTES = ("MarkdownNote", "Note")
 MUTED, BYPASSED = 2, 4
 MOST_THUMBNAIL_BYTES = 60_000
-BROWSER_SECONDS = 600
 
 
 def ui(name: str) -> dict[str, Any]:
@@ -87,37 +81,15 @@ def test_a_workflow_has_a_note_and_a_small_thumbnail(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def tools() -> dict[str, str]:
-    """Node.js and Chromium; skips, saying what is lacking."""
-    if not os.environ.get("COMFYUI_PATH"):
-        pytest.skip("COMFYUI_PATH is not set: give the folder of a ComfyUI to test against")
-    folder = os.environ.get("JOYAVATAR_PLAYWRIGHT")
-    if not folder or not (Path(folder) / "node_modules" / "playwright-core").is_dir():
-        pytest.skip("JOYAVATAR_PLAYWRIGHT is not a folder with node_modules/playwright-core")
-    named = os.environ.get("JOYAVATAR_CHROMIUM")
-    chromium = named or next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
-    if not chromium:
-        pytest.skip("no Chromium on the PATH: install one, or name it in JOYAVATAR_CHROMIUM")
-    node = shutil.which("node")
-    if not node:
-        pytest.skip("no Node.js on the PATH")
-    return {"node": node, "chromium": chromium}
-
-
-@pytest.fixture(scope="module")
-def host(tools: dict[str, str]) -> Iterator[Host]:
-    with Host() as running:
+def host() -> Iterator[Host]:
+    with chromium.host() as running:
         yield running
 
 
-@pytest.fixture(scope="module", params=["canvas", "nodes2"])
-def report(request: pytest.FixtureRequest, host: Host, tools: dict[str, str]) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=chromium.RENDERERS)
+def report(request: pytest.FixtureRequest, host: Host) -> dict[str, Any]:
     """What the front end made of every workflow, in one of its two renderers; an empty input folder."""
-    files = [str(FOLDER / f"{name}.json") for name in WORKFLOWS]
-    command = [tools["node"], str(SCRIPT), host.url, request.param, tools["chromium"], *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=BROWSER_SECONDS)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return chromium.run("front_end.mjs", host, request.param, *(str(FOLDER / f"{name}.json") for name in WORKFLOWS))
 
 
 @pytest.mark.comfyui

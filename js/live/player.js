@@ -3,6 +3,8 @@
 const RETRIES = 5;
 const CHANGE_OVER_LIMIT_MS = 10000;
 const LEAD_SECONDS = 0.25;
+const MEET_LIMIT_MS = 5000;
+const SEEKS = 3;
 const AT_END_SECONDS = 0.15;
 
 /**
@@ -167,10 +169,7 @@ export class Player {
       if (this.tries <= RETRIES) setTimeout(() => this.#load(), 1000 * this.tries);
       return;
     }
-    const moves = () => !old.paused && !old.ended;
-    fresh.currentTime = Math.min(old.currentTime + (moves() ? LEAD_SECONDS : 0), fresh.duration || 0);
-    await happens(fresh, "seeked");
-    await until(() => !moves() || old.currentTime >= fresh.currentTime - 0.03);
+    await meet(old, fresh);
     if (!isCurrent()) return;
     // The growing file may have ended early, by a lost connection or a viewer that was late.
     const goesOn = () => this.wantsPlay && !isAtEnd(fresh);
@@ -295,8 +294,22 @@ function happens(video, name) {
   });
 }
 
+/** Brings `fresh` to the moment that `old` shows then. Where seeking takes longer than the lead, the next lead is longer. */
+async function meet(old, fresh) {
+  const moves = () => !old.paused && !old.ended;
+  let lead = LEAD_SECONDS;
+  for (let seeks = 0; seeks < SEEKS; seeks += 1) {
+    const from = old.currentTime;
+    fresh.currentTime = Math.min(from + (moves() ? lead : 0), fresh.duration || 0);
+    await happens(fresh, "seeked");
+    if (old.currentTime <= fresh.currentTime + 0.03) break;
+    lead = LEAD_SECONDS + 1.5 * (old.currentTime - from);
+  }
+  await until(() => !moves() || old.currentTime >= fresh.currentTime - 0.03);
+}
+
 async function until(isSo) {
-  const limit = performance.now() + 1000;
+  const limit = performance.now() + MEET_LIMIT_MS;
   while (!isSo() && performance.now() < limit) await new Promise((resolve) => setTimeout(resolve, 15));
 }
 

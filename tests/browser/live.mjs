@@ -2,98 +2,36 @@
 //
 //   node live.mjs URL RENDERER CHROMIUM SOUND SECONDS [SHOT-PREFIX]
 //
-// RENDERER is canvas or nodes2, SOUND a file name in the host's input folder. JOYAVATAR_PLAYWRIGHT as in front_end.mjs.
-// Output, as JSON: {errors, samples: [{at, time, state, blocks, waiting}]}: seconds since Run, the video's own time, and
-// what the server says of the run at that moment.
+// RENDERER is canvas or nodes2, SOUND a file name in the host's input folder. JOYAVATAR_PLAYWRIGHT as in page.mjs.
+// Output, as JSON, `at` in seconds since Run:
+//   samples: [{at, time, length, ready, source, ended, paused, frames, blocks, state}]: of the video in front, every
+//            100 ms; the last three are what the page was told of the run. `length`: as far as the browser has read.
+//   events:  [{at, name, source, time, error}]: of the media elements. source: "stream" or "file".
+//   tasks:   [{at, seconds}]: tasks of the page that took more than 50 ms.
 
-import { readFileSync } from "node:fs";
-import { createRequire } from "node:module";
-import { dirname, join, resolve } from "node:path";
-import { fileURLToPath } from "node:url";
-
-const NODE = "JoyAvatarStreamToVideo";
-const START_MS = 120_000;
-const EVERY_MS = 100;
+import { randomUUID } from "node:crypto";
+import { SETTLE_MS, inBrowser, workflow } from "./page.mjs";
 
 const [url, renderer, chromiumPath, sound, seconds, shots] = process.argv.slice(2);
-const require = createRequire(join(resolve(process.env.JOYAVATAR_PLAYWRIGHT), "here.js"));
-const { chromium } = require("playwright-core");
-const workflow = JSON.parse(
-  readFileSync(join(dirname(fileURLToPath(import.meta.url)), "..", "..", "workflows", "talking_avatar.json")),
-);
+const EVERY_MS = 500;
 
-const isReady = (name) => Boolean(window.app?.graph && window.LiteGraph?.registered_node_types?.[name]);
-
-async function open(browser, errors) {
-  const page = await browser.newPage({ viewport: { width: 1900, height: 1000 } });
-  page.on("pageerror", (error) => errors.push(String(error.message)));
-  page.setDefaultTimeout(START_MS);
-  for (const first of [true, false]) {
-    await (first ? page.goto(url) : page.reload());
-    await page.waitForFunction(isReady, NODE);
-    await page.evaluate(async (nodes2) => {
-      const settings = window.app.extensionManager.setting;
-      await settings.set("Comfy.TutorialCompleted", true);
-      await settings.set("Comfy.VueNodes.Enabled", nodes2);
-    }, renderer === "nodes2");
-  }
-  return page;
-}
-
-/** Runs in the page: the workflow with Load Audio in place of the sample's voice, then Run. */
-async function run([graph, file]) {
-  const app = window.app;
-  await app.loadGraphData(graph, true, true, "live");
-  const nodes = app.graph.nodes ?? app.graph._nodes;
-  const voice = nodes.find((node) => node.type === "JoyAvatarAudioEncoder");
-  const load = window.LiteGraph.createNode("LoadAudio");
-  load.pos = [60, 900];
-  app.graph.add(load);
-  load.widgets.find((widget) => widget.name === "audio").value = file;
-  load.connect(0, voice, 0);
-  await new Promise((done) => setTimeout(done, 1000));
-  app.queuePrompt(0);
-}
-
-/** Runs in the page. */
-async function look() {
-  const video = document.querySelector(".joyavatar-live video:not(.joyavatar-behind)");
-  const sessions = await (await fetch("/joyavatar/sessions")).json();
-  const last = sessions.at(-1);
-  return {
-    time: video?.currentTime ?? 0,
-    waiting: Boolean(video && !video.paused && !video.ended && video.readyState < 3),
-    ended: video?.ended ?? false,
-    state: last?.state ?? "",
-    blocks: last?.blocks ?? 0,
-  };
-}
-
-async function main() {
-  const browser = await chromium.launch({
-    executablePath: chromiumPath,
-    args: ["--no-sandbox", "--use-gl=swiftshader", "--autoplay-policy=no-user-gesture-required"],
+const told = await inBrowser({ url, renderer, chromiumPath }, async ({ page }) => {
+  const graph = { ...workflow("talking_avatar"), id: randomUUID() }; // so that runs of another page are not its own
+  await page.evaluate((given) => window.trial.load(...given), [graph, "live", sound, { seed: Date.now() }]);
+  await page.waitForTimeout(SETTLE_MS);
+  await page.evaluate(() => {
+    window.trial.record();
+    window.app.queuePrompt(0);
   });
-  const errors = [];
-  const samples = [];
-  try {
-    const page = await open(browser, errors);
-    await page.evaluate(run, [workflow, sound]);
-    const began = Date.now();
-    let shown = "";
-    while (Date.now() - began < 1000 * Number(seconds)) {
-      const seen = await page.evaluate(look);
-      samples.push({ at: (Date.now() - began) / 1000, ...seen });
-      const stage = seen.time > 1 ? seen.state : "";
-      if (shots && stage && stage !== shown) await page.screenshot({ path: `${shots}-${stage}.png` });
-      shown = stage || shown;
-      if (seen.ended && seen.state === "done") break;
-      await page.waitForTimeout(EVERY_MS);
-    }
-  } finally {
-    await browser.close();
+  let shown = "";
+  for (const end = Date.now() + 1000 * Number(seconds); Date.now() < end; await page.waitForTimeout(EVERY_MS)) {
+    const seen = await page.evaluate(() => window.trial.recorded.samples.at(-1));
+    const stage = seen?.time > 1 ? seen.state : "";
+    if (shots && stage && stage !== shown) await page.screenshot({ path: `${shots}-${stage}.png` });
+    shown = stage || shown;
+    if (seen?.source === "file" && seen.paused) break; // at its end, or taken over there
   }
-  process.stdout.write(JSON.stringify({ errors, samples }));
-}
-
-await main();
+  await page.evaluate(() => fetch("/interrupt", { method: "POST" }));
+  return page.evaluate(() => window.trial.recorded);
+});
+process.stdout.write(JSON.stringify(told));

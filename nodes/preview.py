@@ -7,6 +7,7 @@ that the writer appends to, read from its beginning, so a late, second or reload
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import secrets
 import struct
@@ -194,8 +195,9 @@ async def growing(session: Session, every: float = 0.05) -> AsyncIterator[bytes]
                 file = part.open("rb")
             data = _whole_boxes(file, sent) if file else b""
             if data:
+                told = with_length(data, session.total_frames / float(session.geometry.fps)) if not sent else data
                 sent += len(data)
-                yield data + padding(len(data))
+                yield told + padding(len(data))
             elif over:
                 return
             else:
@@ -206,14 +208,38 @@ async def growing(session: Session, every: float = 0.05) -> AsyncIterator[bytes]
 
 
 def _whole_boxes(file: BinaryIO, start: int) -> bytes:
-    """The next bytes of an MP4 file that are whole boxes, about a megabyte at most; empty when none is whole yet."""
+    """The next bytes of an MP4 file that are whole boxes, about a megabyte at most; empty when none is whole yet.
+
+    A `moof` waits for its `mdat`: it says how far off the data lie, so no padding may come between the two.
+    """
     end = start
     for box in boxes(file, start):
-        end = box.end
+        if box.kind != b"moof":
+            end = box.end
         if end - start >= _PIECE:
             break
     file.seek(start)
     return file.read(end - start)
+
+
+def with_length(data: bytes, seconds: float) -> bytes:
+    """The beginning of a part file, with the length of the finished video in its `moov`.
+
+    Where no length is told, Chromium takes what it has read for all: a viewer who has caught up with the making is sent
+    back to the beginning when the next fragment comes, or told that the video has ended.
+    """
+    told, file = bytearray(data), io.BytesIO(data)
+
+    def tell(start: int, end: int) -> None:
+        for box in boxes(file, start, end):
+            if box.kind in (b"moov", b"trak", b"mdia"):
+                tell(box.body, box.end)
+            elif box.kind in (b"mvhd", b"mdhd") and not data[box.body]:  # version 0: flags, two dates, scale, length
+                (scale,) = struct.unpack_from(">I", data, box.body + 12)
+                struct.pack_into(">I", told, box.body + 16, min(round(seconds * scale), 0xFFFFFFFF))
+
+    tell(0, len(data))
+    return bytes(told)
 
 
 def padding(length: int) -> bytes:

@@ -10,7 +10,7 @@ const EN = {
   done: "Done",
   cancelled: "Cancelled",
   failed: "Failed",
-  soundOn: "Sound on",
+  soundOn: "Turn sound on",
   soundOff: "Sound off",
   play: "Play",
   pause: "Pause",

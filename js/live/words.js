@@ -37,7 +37,7 @@ const EN = {
   failedWhy: "Failed: {0}",
   failedUnknown: "the log of the server says why",
   noPlay: "This browser cannot play the video while it grows; it is shown when it is finished.",
-  hint: "Drag over the blocks to retake a span.",
+  hint: "Click or drag over the blocks to retake a span.",
   retake: "Retake {0} – {1} s",
   clear: "Clear the span",
   retakeMade: "Retake node added for {0} – {1} s. Queue the prompt to make it.",

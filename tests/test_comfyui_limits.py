@@ -17,7 +17,7 @@ from .test_comfyui_runs import frames_of, session, stream, video, wait_until, wr
 
 pytestmark = pytest.mark.comfyui
 
-LONG_SECONDS, CANCEL_AT = 40.0, 0.4
+LONG_SECONDS, CANCEL_AT = 24.0, 0.4
 MARGIN_MB = 96
 """What a cancelled run may leave behind, beside one that ended: allocator and caches, no streams."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,33 +35,36 @@ FEATURES = 1024
 
 
 class SyncNet(nn.Module):
-    """Two streams to one space. Key names and shapes are those of syncnet_v2.model (`features`: 1024 there)."""
+    """Two streams to one space. Key names and shapes are those of syncnet_v2.model (`features`: 1024 there).
 
-    def __init__(self, features: int = FEATURES) -> None:
+    ops: namespace of layer classes, as for the transformer.
+    """
+
+    def __init__(self, features: int = FEATURES, ops: Any = nn) -> None:
         super().__init__()
         self.netcnnaud = nn.Sequential(
-            *_unit2d(1, 64, 3, padding=1),
+            *_unit2d(ops, 1, 64, 3, padding=1),
             nn.MaxPool2d(1, 1),
-            *_unit2d(64, 192, 3, padding=1),
+            *_unit2d(ops, 64, 192, 3, padding=1),
             nn.MaxPool2d(3, (1, 2)),
-            *_unit2d(192, 384, 3, padding=1),
-            *_unit2d(384, 256, 3, padding=1),
-            *_unit2d(256, 256, 3, padding=1),
+            *_unit2d(ops, 192, 384, 3, padding=1),
+            *_unit2d(ops, 384, 256, 3, padding=1),
+            *_unit2d(ops, 256, 256, 3, padding=1),
             nn.MaxPool2d(3, 2),
-            *_unit2d(256, 512, (5, 4)),
+            *_unit2d(ops, 256, 512, (5, 4)),
         )
-        self.netfcaud = _head(features)
-        self.netfclip = _head(features)
+        self.netfcaud = _head(ops, features)
+        self.netfclip = _head(ops, features)
         self.netcnnlip = nn.Sequential(
-            *_unit3d(3, 96, (5, 7, 7), stride=2),
+            *_unit3d(ops, 3, 96, (5, 7, 7), stride=2),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_unit3d(96, 256, (1, 5, 5), stride=2, padding=1),
+            *_unit3d(ops, 96, 256, (1, 5, 5), stride=2, padding=1),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
-            *_unit3d(256, 256, (1, 3, 3), padding=1),
-            *_unit3d(256, 256, (1, 3, 3), padding=1),
-            *_unit3d(256, 256, (1, 3, 3), padding=1),
+            *_unit3d(ops, 256, 256, (1, 3, 3), padding=1),
+            *_unit3d(ops, 256, 256, (1, 3, 3), padding=1),
+            *_unit3d(ops, 256, 256, (1, 3, 3), padding=1),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2)),
-            *_unit3d(256, 512, (1, 6, 6)),
+            *_unit3d(ops, 256, 512, (1, 6, 6)),
         )
 
     def hear(self, cepstra: Tensor) -> Tensor:
@@ -72,20 +76,22 @@ class SyncNet(nn.Module):
         return self.netfclip(self.netcnnlip(crops).flatten(1))
 
 
-def _unit2d(inputs: int, outputs: int, kernel: int | tuple[int, int], padding: int = 0) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, kernel, padding=padding), nn.BatchNorm2d(outputs), nn.ReLU()
+def _unit2d(
+    ops: Any, inputs: int, outputs: int, kernel: int | tuple[int, int], padding: int = 0
+) -> tuple[nn.Module, ...]:
+    return ops.Conv2d(inputs, outputs, kernel, padding=padding), nn.BatchNorm2d(outputs), nn.ReLU()
 
 
 def _unit3d(
-    inputs: int, outputs: int, kernel: tuple[int, int, int], stride: int = 1, padding: int = 0
+    ops: Any, inputs: int, outputs: int, kernel: tuple[int, int, int], stride: int = 1, padding: int = 0
 ) -> tuple[nn.Module, ...]:
     """Stride and padding are spatial: time is only crossed by the first layer's kernel."""
     steps, border = (1, stride, stride), (0, padding, padding)
-    return nn.Conv3d(inputs, outputs, kernel, steps, border), nn.BatchNorm3d(outputs), nn.ReLU()
+    return ops.Conv3d(inputs, outputs, kernel, steps, border), nn.BatchNorm3d(outputs), nn.ReLU()
 
 
-def _head(features: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, features))
+def _head(ops: Any, features: int) -> nn.Sequential:
+    return nn.Sequential(ops.Linear(512, 512), nn.BatchNorm1d(512), nn.ReLU(), ops.Linear(512, features))
 
 
 def load_syncnet(path: str | Path) -> SyncNet:

@@ -38,21 +38,24 @@ class ConditionKV:
 
 @dataclass(frozen=True)
 class AudioKV:
-    """Audio keys and values of some latent frames: per layer [B, F, W, heads, head_dim]; valid [F, W], None: all."""
+    """What some latent frames hear, per layer: tensors [B, F, ...], here keys and values [B, F, W, heads, head_dim].
 
-    layers: tuple[KV, ...]
+    valid [F, W]; None: all tokens.
+    """
+
+    layers: tuple[tuple[Tensor, ...], ...]
     valid: Tensor | None = None
 
     def select(self, frames: slice) -> AudioKV:
         """The same for a slice of the latent frames."""
         valid = None if self.valid is None else self.valid[frames]
-        return AudioKV(tuple((k[:, frames], v[:, frames]) for k, v in self.layers), valid)
+        return AudioKV(tuple(tuple(t[:, frames] for t in layer) for layer in self.layers), valid)
 
     @staticmethod
     def join(parts: Sequence[AudioKV]) -> AudioKV:
         """Consecutive latent frames as one."""
         layers = tuple(
-            (torch.cat([k for k, _ in layer], dim=1), torch.cat([v for _, v in layer], dim=1))
+            tuple(torch.cat(same, dim=1) for same in zip(*layer, strict=True))
             for layer in zip(*(p.layers for p in parts), strict=True)
         )
         known = [p.valid for p in parts if p.valid is not None]
@@ -330,6 +333,7 @@ class JoyAvatarDiT(nn.Module):
         table = self._table(tuple(positions), past, (h, w), tokens)
         kvs: list[KV] = []
         for i, block in enumerate(self.blocks):
+            tokens = self._inject(i, tokens, audio)
             tokens, kv = block(
                 tokens,
                 levels,
@@ -337,14 +341,25 @@ class JoyAvatarDiT(nn.Module):
                 past.context.context(i) if past else None,
                 mask,
                 [kv and kv[i] for kv in (condition.text, condition.image, condition.face)],
-                audio and audio.layers[i],
+                self._attended(i, audio),
                 audio and audio.valid,
             )
             kvs.append(kv)
+        tokens = self._inject(len(self.blocks), tokens, audio)
         out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
         if self.config.prediction == "x0":
             out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
         return out, kvs
+
+    def _attended(self, layer: int, audio: AudioKV | None) -> KV | None:
+        """Audio keys and values for the cross-attention of a layer."""
+        return None if audio is None else cast(KV, audio.layers[layer])
+
+    def _inject(self, layer: int, tokens: Tensor, audio: AudioKV | None) -> Tensor:
+        """Tokens [B, L, D] on their way into a layer, or (layer = number of layers) into the head: families whose
+        audio goes there, and not into the cross-attention, add it here.
+        """
+        return tokens
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""

@@ -127,6 +127,16 @@ def x0_error(batch: Batch, v: Tensor) -> Tensor:
     return (flow.to_x0(x_t, v, batch.timesteps) - batch.x0).square().mean(dim=1)
 
 
+def without_sound(batch: Batch, deaf: Tensor) -> Batch:
+    """The batch with zeros for the audio tokens of some sequences, [B] bool: what guidance goes away from."""
+    return replace(batch, audio=batch.audio.masked_fill(deaf[:, None, None, None], 0.0))
+
+
+def some_deaf(batch: Batch, odds: float, generator: torch.Generator) -> Batch:
+    """The batch with every sequence without its sound at these odds."""
+    return without_sound(batch, torch.rand(len(batch.audio), generator=generator) < odds)
+
+
 def loss_weights(batch: Batch, mouth: float, eyes: float, past: float) -> Tensor:
     """Weights of the cells, [B, F, h, w]: of mouth, eyes and finished blocks as given, 1 elsewhere.
 

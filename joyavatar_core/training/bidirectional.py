@@ -27,7 +27,7 @@ from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..schedule import warp
 from . import flow_matching, preview, trainer
-from .batches import Batch, loss_weights, make_batch, predict, squared_error, weighted_mean
+from .batches import Batch, loss_weights, make_batch, predict, some_deaf, squared_error, weighted_mean, without_sound
 from .encoded import EncodedClips
 from .sequences import Layout
 
@@ -40,13 +40,12 @@ _EVEN = 400.0
 class Recipe(flow_matching.Recipe):
     """The recipe of the bidirectional model.
 
-    latents: length of a clip, whole blocks. drop_audio: odds that a clip goes without sound.
+    latents: length of a clip, whole blocks.
     """
 
     minutes: float = 20.0
     learning_rate: float = 1e-3
     latents: int = 21
-    drop_audio: float = 0.1
 
 
 def sample_timesteps(generator: torch.Generator, batch: int, shift: float) -> Tensor:
@@ -79,11 +78,6 @@ def at_timesteps(batch: Batch, timesteps: Tensor) -> Batch:
     return replace(batch, timesteps=timesteps[:, None].expand(-1, batch.layout.latents))
 
 
-def without_sound(batch: Batch, deaf: Tensor) -> Batch:
-    """The batch with zeros for the audio tokens of some clips, [B] bool."""
-    return replace(batch, audio=batch.audio.masked_fill(deaf[:, None, None, None], 0.0))
-
-
 @dataclass(kw_only=True)
 class Training(flow_matching.Training[Recipe]):
     """Flow matching of whole clips."""
@@ -97,7 +91,7 @@ class Training(flow_matching.Training[Recipe]):
         batch = make_batch(data, layout, clips, patch, self.recipe.mixture, seed)
         generator = torch.Generator().manual_seed(seed)
         batch = at_timesteps(batch, sample_timesteps(generator, len(clips), self.policy.shift))
-        return without_sound(batch, torch.rand(len(clips), generator=generator) < self.recipe.drop_audio)
+        return some_deaf(batch, self.recipe.drop_audio, generator)
 
     def loss(self, batch: Batch) -> Tensor:
         """Of the velocity, weighted at mouth and eyes."""

@@ -40,6 +40,7 @@ from .batches import (
     make_batch,
     measured_batch,
     predict,
+    some_deaf,
     squared_error,
     weighted_mean,
 )
@@ -55,11 +56,13 @@ log = logging.getLogger(__name__)
 class Recipe(trainer.Recipe):
     """The recipe of flow matching.
 
-    model: its name in config.MODELS. first_clips: clips encoded before training starts.
+    model: its name in config.MODELS. first_clips: clips encoded before training starts. drop_audio: odds that a
+    sequence goes without its sound, so that guidance has something to go away from.
     """
 
     model: str = "tiny"
     first_clips: int = 300
+    drop_audio: float = 0.1
     framing: Framing = field(default_factory=Framing)
 
 
@@ -78,7 +81,9 @@ class Training(trainer.Supervised[RecipeT]):
         common, own = self.draws()
         layout, patch = sample_layout(common, self.policy, self.recipe.mixture), self.model.config.patch
         data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
-        return make_batch(data, layout, clips, patch, self.recipe.mixture, own.randrange(2**31))
+        seed = own.randrange(2**31)
+        batch = make_batch(data, layout, clips, patch, self.recipe.mixture, seed)
+        return some_deaf(batch, self.recipe.drop_audio, torch.Generator().manual_seed(seed))
 
     def loss(self, batch: Batch) -> Tensor:
         """Of the velocity."""
@@ -191,6 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.add_options(parser)
     parser.add_argument("--projector", type=Path, help="projector.safetensors of training.listening")
     parser.add_argument("--initial", type=Path, help="transformer to go on from, e.g. the one in the package")
+    parser.add_argument("--drop-audio", type=float)
     options, recipe = trainer.parse(parser, Recipe, arguments)
     train(
         recipe,

@@ -25,7 +25,7 @@ from .. import checkpoint
 from ..avatar import load_light_autoencoder, load_model
 from ..geometry import Geometry
 from ..policy import policy as policy_named
-from . import preview, trainer
+from . import parallel, preview, trainer
 from .batches import (
     Batch,
     by_level,
@@ -50,13 +50,15 @@ class Recipe(trainer.Recipe):
     """The recipe of the regression.
 
     pairs: trajectories, one of each of the first clips. ode_steps: Euler steps of a trajectory, a multiple of the
-    number of PSB levels. flow_share: odds that a batch is one of flow matching on the true clips, against drift.
+    number of PSB levels. guidance: of the trajectories, from deaf to hearing, 1: not beyond; the student has it for
+    nothing. flow_share: odds that a batch is one of flow matching on the true clips, against drift.
     """
 
     minutes: float = 20.0
     learning_rate: float = 3e-4
     pairs: int = 300
     ode_steps: int = 24
+    guidance: float = 2.0
     flow_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -155,13 +157,19 @@ def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, teacher: Pa
     recipe = replace(recipe, policy=checkpoint.read(teacher)[1].get("policy", recipe.policy))
     decoder, patch = load_light_autoencoder(autoencoder), load_model(teacher).config.patch
     latents = LatentStore(paths[: recipe.pairs], clips, autoencoder, patch)
-    latents.encode()
-    data, store = latents.load(), PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps)
+    if not parallel.rank():
+        latents.encode()
+    parallel.wait()
+    data, store = (
+        latents.load(),
+        PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps, recipe.guidance),
+    )
     make_pairs(store, data, decoder.spatial)
+    parallel.wait()
     state = begin(recipe, out, data, store)
     if again:
         trainer.resume(state)
-    else:
+    elif not parallel.rank():
         record(out / "curve.jsonl", {"step": 0, "minutes": 0.0, **state.measure()})
     show = preview.choose(state.held_out.clips, clips, decoder, patch)
     trainer.loop(state, show, lambda: None)
@@ -175,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="transformer.safetensors of flow_matching")
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--ode-steps", type=int)
+    parser.add_argument("--guidance", type=float)
     parser.add_argument("--flow-share", type=float)
     options, recipe = trainer.parse(parser, Recipe, arguments)
     train(recipe, options.out, options.clips, options.autoencoder, options.teacher, options.resume)

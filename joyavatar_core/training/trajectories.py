@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -27,6 +28,7 @@ from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Rollout, RolloutState
 from ..schedule import DenoiseStep, midpoints
+from . import parallel
 from .batches import Batch
 from .clips import clip_path
 from .encoded import EncodedClips
@@ -76,12 +78,13 @@ def refine(policy: RolloutPolicy, ode_steps: int) -> FinePolicy:
 class Trace(Rollout):
     """A rollout of a FinePolicy that keeps the blocks at the levels of the policy it refines.
 
-    coarse: that policy. states: (block, index of the level) -> [B, C, n, h, w]. kept: block -> keys and values for
-    the cache.
+    coarse: that policy. guidance: how far the flow goes from deaf to hearing, 1: not beyond. states: (block, index of
+    the level) -> [B, C, n, h, w]. kept: block -> keys and values for the cache.
     """
 
     policy: FinePolicy
     coarse: RolloutPolicy
+    guidance: float = 1.0
     states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     kept: dict[int, list[KV]] = field(default_factory=dict)
 
@@ -101,6 +104,20 @@ class Trace(Rollout):
             self.kept[oldest] = kv
         return v, self.kept.get(oldest, kv)
 
+    def _forward(self, state: RolloutState, *args: Any, **kwargs: Any) -> tuple[Tensor, list[KV]]:
+        """As in Rollout, with the velocity under guidance (Ho and Salimans 2022); what is cached was heard."""
+        v, kv = super()._forward(state, *args, **kwargs)
+        if self.guidance != 1 and self._hears(state):
+            unheard = super()._forward(_deaf(state), *args, **kwargs)[0]
+            v = unheard + self.guidance * (v - unheard)
+        return v, kv
+
+
+def _deaf(state: RolloutState) -> RolloutState:
+    """The state with zeros for sound, as training leaves it out."""
+    silent = {block: replace(heard, tokens=torch.zeros_like(heard.tokens)) for block, heard in state.audio.items()}
+    return replace(state, audio=silent, audio_kv={})
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -119,12 +136,14 @@ def trace(
     clip: int,
     geometry: Geometry,
     seed: int,
+    guidance: float = 1.0,
 ) -> Trajectory:
     """The teacher's trajectory for the picture and the sound of one of the clips."""
     rollout = Trace(
         model=model,
         policy=refine(policy, ode_steps),
         coarse=policy,
+        guidance=guidance,
         geometry=geometry,
         condition=condition(model, clips, clip, geometry),
         seed=seed,
@@ -181,12 +200,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class PairStore:
-    """Trajectories beside the clips of a folder: another teacher, policy or number of steps has another place."""
+    """Trajectories beside the clips of a folder: another teacher, policy, step count or guidance has another place."""
 
     folder: Path
     teacher: Path
     policy: RolloutPolicy
     ode_steps: int
+    guidance: float = 1.0
 
     @property
     def teacher_hash(self) -> str:
@@ -196,21 +216,24 @@ class PairStore:
     @property
     def home(self) -> Path:
         """Where they lie."""
-        key = f"{self.teacher_hash} {self.policy} {self.ode_steps}"
+        key = f"{self.teacher_hash} {self.policy} {self.ode_steps} {self.guidance}"
         return self.folder / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
     def make(self, model: JoyAvatarDiT, clips: EncodedClips, geometry: Geometry) -> None:
-        """One trajectory of each clip that has none yet; the clip's seed decides the noise."""
+        """One trajectory of each clip that has none yet; the clip's seed decides the noise. Processes share them."""
         home, teacher = self.home, self.teacher_hash
         home.mkdir(parents=True, exist_ok=True)
-        for clip, seed in enumerate(clips.seed.tolist()):
-            path = clip_path(home, seed)
+        facts = {"teacher": teacher, "levels": list(levels(self.policy)), "ode_steps": self.ode_steps}
+        facts |= {"guidance": self.guidance}
+        seeds = clips.seed.tolist()
+        for clip in range(parallel.rank(), len(seeds), parallel.world()):
+            path = clip_path(home, seeds[clip])
             if path.exists():
                 continue
-            made = trace(model, self.policy, self.ode_steps, clips, clip, geometry, seed)
-            facts = {"teacher": teacher, "seed": seed, "levels": list(levels(self.policy)), "ode_steps": self.ode_steps}
+            made = trace(model, self.policy, self.ode_steps, clips, clip, geometry, seeds[clip], self.guidance)
             tensors = {"states": made.states.half(), "end": made.end.half()}
-            checkpoint.write(path, tensors, {name: str(value) for name, value in facts.items()})
+            own = facts | {"seed": seeds[clip]}
+            checkpoint.write(path, tensors, {name: str(value) for name, value in own.items()})
             if clip % 10 == 9:
                 log.info("%d of %d trajectories", clip + 1, len(clips))
 

@@ -50,6 +50,11 @@ def midpoints(main: Sequence[float]) -> tuple[float, ...]:
     return tuple((here + there) / 2 for here, there in zip(main, (*main[1:], 0), strict=True))
 
 
+def levels(main: Sequence[float]) -> tuple[float, ...]:
+    """Main steps and sub-steps, descending, before the warp: what PSB may ask of a block."""
+    return tuple(level for pair in zip(main, midpoints(main), strict=True) for level in pair)
+
+
 def rolling_schedule(
     main: Sequence[float], bootstrap_windows: int, num_blocks: int | None = None
 ) -> Iterator[DenoiseStep]:

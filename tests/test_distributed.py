@@ -29,8 +29,8 @@ from joyavatar_core.model import JoyAvatarDiT
 from joyavatar_core.policy import policy
 from joyavatar_core.training import distributed, full_size, parallel, presets, trainer
 from joyavatar_core.training.common import Weights
+from joyavatar_core.training.inputs import Inputs, guided, velocity
 from joyavatar_core.training.presets import Clip, Scale, Stage
-from joyavatar_core.training.self_forcing import Inputs
 from joyavatar_core.training.shards import BatchStream, ShardIndex
 
 from .small_training import add_small_preset, small_autoencoder, small_training
@@ -337,12 +337,13 @@ def test_guidance_goes_away_from_silence_and_the_negative_prompt(tmp_path: Path,
     source = full_size.Source(BatchStream(index, 2), model, torch.device("cpu"), 8.0, 2.0)
     given = source.at(0, 6)
     assert given.latents.shape == (2, 16, 6, 4, 4) and float(given.weights.mean()) == pytest.approx(1)
-    assert given.untold.audio is not None and not given.untold.audio.any() and given.untold.face is given.inputs.face
+    quiet = given.inputs.untold()
+    assert quiet.audio is not None and not quiet.audio.any() and quiet.face is given.inputs.face
     x, t = torch.randn(2, 16, 6, 4, 4), torch.full((2, 6), 500.0)
     with torch.no_grad():
-        told, untold = (full_size.velocity(model, x, t, i) for i in (given.inputs, given.untold))
+        told, untold = (velocity(model, x, t, i) for i in (given.inputs, quiet))
         assert not torch.allclose(told, untold, atol=1e-3)
-        both = full_size.guided(model, x, t, given, 4.0)
+        both = guided(model, x, t, given.inputs, 4.0)
     assert torch.allclose(both, untold + 4 * (told - untold), atol=1e-5)
     with pytest.raises(ValueError, match="12 latents: 15 are needed"):
         source.at(0, 15)

@@ -21,11 +21,11 @@ from joyavatar_core.model import AudioKV, ConditionKV
 from joyavatar_core.noise import gaussian
 from joyavatar_core.policy import POLICIES, RolloutPolicy, policy
 from joyavatar_core.rollout import Condition
-from joyavatar_core.schedule import warp
+from joyavatar_core.schedule import levels, warp
 from joyavatar_core.training import batches, flow_matching, ode_regression, trainer, trajectories
 from joyavatar_core.training.encoded import EncodedClips
 from joyavatar_core.training.sequences import Layout, Mixture
-from joyavatar_core.training.trajectories import PairStore, Trace, follow, levels, refine
+from joyavatar_core.training.trajectories import PairStore, Trace, follow, refine
 
 from .helpers import GEOMETRY, audio_tokens, roll, small_rollout
 from .small_training import (
@@ -50,14 +50,14 @@ def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_levels_are_those_of_bootstrapping():
-    assert levels(FLASH) == (1000, 875, 750, 625, 500, 375, 250, 125)
+    assert levels(FLASH.timesteps) == (1000, 875, 750, 625, 500, 375, 250, 125)
 
 
 @pytest.mark.parametrize("name", sorted(n for n, p in POLICIES.items() if p.kv_level != "per_step"))
 @pytest.mark.parametrize("each", [1, 3])
 def test_small_steps_lead_every_block_down_all_levels(name: str, each: int):
     coarse = policy(name)
-    fine, every = refine(coarse, each * len(levels(coarse))), each
+    fine, every = refine(coarse, each * len(levels(coarse.timesteps))), each
     paths: dict[int, list[float]] = {}
     for window in range(coarse.num_windows(BLOCKS)):
         steps = fine.window_steps(window, BLOCKS)
@@ -71,8 +71,8 @@ def test_small_steps_lead_every_block_down_all_levels(name: str, each: int):
                 path.append(there)
     assert list(paths) == list(range(BLOCKS))
     for path in paths.values():
-        assert path[::every] == [*levels(coarse), 0]
-        assert len(path) == each * len(levels(coarse)) + 1
+        assert path[::every] == [*levels(coarse.timesteps), 0]
+        assert len(path) == each * len(levels(coarse.timesteps)) + 1
 
 
 def test_steps_that_miss_a_level_are_refused():
@@ -132,7 +132,7 @@ class Hearing(Field):
 
 
 def sigmas() -> Tensor:
-    return torch.tensor([warp(t, FLASH.shift) / 1000 for t in levels(FLASH)], dtype=torch.float64)
+    return torch.tensor([warp(t, FLASH.shift) / 1000 for t in levels(FLASH.timesteps)], dtype=torch.float64)
 
 
 def start_noise() -> Tensor:
@@ -264,7 +264,7 @@ def test_pairs_are_kept_and_made_once(store: PairStore):
     tensors, facts = read(files[1])
     assert tensors["states"].shape == (8, 30, 16, 4, 4) and tensors["end"].shape == (30, 16, 4, 4)
     assert facts["seed"] == "1" and facts["teacher"] == store.teacher_hash and facts["ode_steps"] == "8"
-    assert json.loads(facts["levels"]) == list(levels(FLASH))
+    assert json.loads(facts["levels"]) == list(levels(FLASH.timesteps))
     ages = [f.stat().st_mtime_ns for f in files]
     files[2].unlink()
     make(store, random_clips(6))
@@ -288,7 +288,7 @@ def test_a_batch_stands_on_the_trajectories(store: PairStore):
         for i, timestep in enumerate(layout.timesteps):
             place = slice(layout.lead + 3 * i, layout.lead + 3 * i + 3)
             frames = placed.frames[row, place]
-            state = tensors["states"][levels(FLASH).index(timestep), frames].float().transpose(0, 1)
+            state = tensors["states"][levels(FLASH.timesteps).index(timestep), frames].float().transpose(0, 1)
             assert torch.allclose(x_t[row, :, place], state, atol=1e-3)
             assert torch.equal(placed.x0[row, :, place], tensors["end"][frames].float().transpose(0, 1))
     before = slice(0, layout.lead)
@@ -304,7 +304,7 @@ def small_regression(tmp_path: Path, store: PairStore, **options: Any) -> ode_re
 
 def test_the_teacher_knows_the_end_better_the_closer_it_is(tmp_path: Path, store: PairStore):
     scores = small_regression(tmp_path, store).measure()
-    assert set(scores) == {f"{kind}_{t:.0f}" for kind in ("all", "mouth", "deaf") for t in levels(FLASH)}
+    assert set(scores) == {f"{kind}_{t:.0f}" for kind in ("all", "mouth", "deaf") for t in levels(FLASH.timesteps)}
     assert scores["all_125"] < 0.5 * scores["all_500"] and scores["all_250"] < scores["all_1000"]
 
 

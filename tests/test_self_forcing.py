@@ -23,9 +23,9 @@ from joyavatar_core.policy import POLICIES, RolloutPolicy
 from joyavatar_core.rollout import Rollout
 from joyavatar_core.schedule import warp
 from joyavatar_core.training import self_forcing
+from joyavatar_core.training.inputs import Inputs
 from joyavatar_core.training.self_forcing import (
     Draw,
-    Inputs,
     Odds,
     Sample,
     block_gradients,
@@ -293,6 +293,7 @@ def test_a_batch_is_its_clips_one_by_one(model: JoyAvatarDiT, monkeypatch: pytes
 @pytest.mark.parametrize("name, policy", [*POLICIES.items(), ("live-avatar", LIVE_AVATAR)])
 @pytest.mark.parametrize("history", ["policy", "exit"])
 def test_every_policy_trains(model: JoyAvatarDiT, name: str, policy: RolloutPolicy, history: str):
+    policy = replace(policy, block_latents=GEOMETRY.block_latents)
     main = policy.window_blocks > 1
     drawn = draw(random.Random(1), policy, Odds(main=float(main), blocks=(5, 5)))
     made = sample(model, drawn, policy, history=history)

@@ -17,8 +17,9 @@ from joyavatar_core.geometry import Geometry
 from joyavatar_core.model import JoyAvatarDiT, Past
 from joyavatar_core.policy import policy
 from joyavatar_core.training import distributed, estimate, presets, trainer
+from joyavatar_core.training.inputs import Inputs
 from joyavatar_core.training.presets import PRESETS, Scale, Stage
-from joyavatar_core.training.self_forcing import Inputs, Odds, branch_policy, draw, roll_out
+from joyavatar_core.training.self_forcing import Odds, branch_policy, draw, roll_out
 
 NARROW = ModelConfig(
     dim=48, ffn_dim=96, layers=3, heads=3, text_dim=20, text_len=8, image_dim=24,

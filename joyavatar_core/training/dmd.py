@@ -33,7 +33,8 @@ from . import flow_matching, parallel, preview, trainer
 from .batches import weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .encoded import EncodedClips
-from .self_forcing import History, Inputs, Odds, block_gradients, draw, roll_out
+from .inputs import Inputs, guided, velocity
+from .self_forcing import History, Odds, block_gradients, draw, roll_out
 
 
 @dataclass(frozen=True)
@@ -79,35 +80,10 @@ class Generated:
 # Scores
 
 
-def score(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
-    """Velocity [B, C, F, h, w] that a bidirectional model sees in noised clips x_t at timesteps [B]."""
-    dtype, frames = model.compute or next(model.parameters()).dtype, x_t.shape[2]
-    condition = inputs.condition(model)
-    x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
-    audio = None
-    if inputs.audio is not None:
-        valid = None if inputs.valid is None else inputs.valid[:frames]
-        audio = model.audio(inputs.audio[:, :frames].to(dtype), valid)
-    return model(x, timesteps[:, None].expand(-1, frames), range(frames), condition.kv, audio)[0]
-
-
-def clean(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs) -> Tensor:
-    """Clean latents that a score implies."""
-    return flow.to_x0(x_t, score(model, x_t, timesteps, inputs), timesteps[:, None].expand(-1, x_t.shape[2]))
-
-
-def deaf(inputs: Inputs) -> Inputs:
-    """The inputs without what guidance goes away from: the sound."""
-    return replace(inputs, audio=None if inputs.audio is None else torch.zeros_like(inputs.audio))
-
-
-def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float) -> Tensor:
-    """Clean latents of the real score under classifier-free guidance: without sound, and with the negative prompt."""
-    told = clean(model, x_t, timesteps, inputs)
-    if guidance == 1:
-        return told
-    untold = clean(model, x_t, timesteps, deaf(inputs))
-    return untold + guidance * (told - untold)
+def clean(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float = 1.0) -> Tensor:
+    """Clean latents [B, C, F, h, w] that a bidirectional model sees in noised clips x_t at timesteps [B]."""
+    each = timesteps[:, None].expand(-1, x_t.shape[2])
+    return flow.to_x0(x_t, guided(model, x_t, each, inputs, guidance), each)
 
 
 def distribution_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
@@ -127,8 +103,9 @@ def distribution_loss(x: Tensor, gradient: Tensor, weights: Tensor) -> Tensor:
 
 def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: Tensor) -> Tensor:
     """Flow matching on what the generator makes; made.latents without gradient."""
-    x_t = flow.add_noise(made.latents, noise, timesteps[:, None].expand(-1, noise.shape[2]))
-    error = (score(model, x_t, timesteps, made.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
+    each = timesteps[:, None].expand(-1, noise.shape[2])
+    x_t = flow.add_noise(made.latents, noise, each)
+    error = (velocity(model, x_t, each, made.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
     return weighted_mean(error, made.weights * timestep_weights(model, timesteps))
 
 
@@ -210,7 +187,7 @@ class Training(flow_matching.Training[Recipe]):
         timesteps, noise = self._noise(made, "scores")
         x = made.latents.detach()
         x_t = flow.add_noise(x, noise, timesteps[:, None].expand(-1, x.shape[2]))
-        real = guided(self.real, x_t, timesteps, made.inputs, self.recipe.guidance)
+        real = clean(self.real, x_t, timesteps, made.inputs, self.recipe.guidance)
         return distribution_gradient(x, real, clean(self.critic.model, x_t, timesteps, made.inputs))
 
     def _noise(self, made: Generated, purpose: str) -> tuple[Tensor, Tensor]:
@@ -218,23 +195,18 @@ class Training(flow_matching.Training[Recipe]):
         _, own = self.draws()
         generator = torch.Generator().manual_seed(random.Random(f"{purpose} {own.random()}").randrange(2**31))
         timesteps = sample_timesteps(generator, len(made.latents), self.policy.shift)
-        return timesteps, torch.randn(made.latents.shape, generator=generator)
+        device = made.latents.device
+        return timesteps.to(device), torch.randn(made.latents.shape, generator=generator).to(device)
 
     def _rollouts(self, gradient: bool) -> Iterator[Generated]:
         """The generator's clips of this step, as the scores see them: one, or one for each block with a gradient."""
         common, own = self.draws()
         drawn = draw(common, self.policy, self.recipe.odds)
-        layout = whole_clips(self.policy, drawn.blocks * self.policy.block_latents)
-        patch = self.model.config.patch
-        data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
-        inputs, weights = conditions(data, clips, layout.latents, patch, self.recipe)
-        height, width = (cells * self.autoencoder.spatial for cells in data.latents.shape[-2:])
-        geometry = Geometry(
-            width, height, block_latents=self.policy.block_latents, spatial=self.autoencoder.spatial, patch=patch
-        )
+        inputs, weights = self._given(drawn.blocks * self.policy.block_latents, common, own)
+        geometry = self._geometry(weights)
         drawn = replace(drawn, seed=own.randrange(2**31))
         given = (self.model, self.policy, geometry, inputs, drawn)
-        history, dtype = self.recipe.history, next(self.model.parameters()).dtype
+        history, dtype = self.recipe.history, self.model.compute or next(self.model.parameters()).dtype
         if gradient and self.recipe.block_by_block:
             samples = block_gradients(*given, history=history, dtype=dtype)
         else:
@@ -242,13 +214,23 @@ class Training(flow_matching.Training[Recipe]):
         for sample in samples:
             yield last_latents(sample.latents, inputs, weights, self.recipe.latents, self.autoencoder)
 
+    def _given(self, latents: int, common: random.Random, own: random.Random) -> tuple[Inputs, Tensor]:
+        """What this step's clips give rollouts of so many latents, and weights [B, F, h, w] of their gradient."""
+        layout, patch = whole_clips(self.policy, latents), self.model.config.patch
+        data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
+        return conditions(data, clips, latents, patch, self.recipe)
+
+    def _geometry(self, cells: Tensor) -> Geometry:
+        """Of clips with latents [..., h, w]."""
+        height, width = (n * self.autoencoder.spatial for n in cells.shape[-2:])
+        n, patch = self.policy.block_latents, self.model.config.patch
+        return Geometry(width, height, block_latents=n, spatial=self.autoencoder.spatial, patch=patch)
+
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """How lively rollouts of held-out people are: deviation over time, in shares of the truth's."""
-        model, clips, patch = self.averaged(), self.held_out, self.model.config.patch
-        height, width = (cells * self.autoencoder.spatial for cells in clips.latents.shape[-2:])
-        geometry = Geometry(width, height, spatial=self.autoencoder.spatial, patch=patch)
-        what = preview.Preview((), clips.select(slice(0, 4)), self.autoencoder, geometry)
+        model, clips = self.averaged(), self.held_out.select(slice(0, 4))
+        what = preview.Preview((), clips, self.autoencoder, self._geometry(clips.latents))
         made = torch.cat([self.show(model, what, i) for i in range(len(what.clips))]).transpose(1, 2)
         true = what.clips.latents[:, : made.shape[1]].float()
         return {

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -32,17 +33,15 @@ from ..autoencoder import TEMPORAL
 from ..avatar import load_autoencoder, takes_reference_tokens
 from ..conditioning import ImageChannels, reference_tokens
 from ..config import MODELS
-from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from ..policy import policy as policy_named
-from ..schedule import warp
+from ..schedule import levels, warp
 from . import bidirectional, distributed, dmd, ode_regression, parallel, trainer
 from .batches import weighted_mean
 from .bidirectional import sample_timesteps
+from .inputs import Inputs, guided, velocity
 from .presets import Stage
-from .self_forcing import Inputs, block_gradients, draw, roll_out
 from .shards import BatchStream, ShardBatch, ShardIndex
-from .trajectories import levels
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +64,11 @@ class Files:
 
 @dataclass(frozen=True)
 class Given:
-    """What a batch of clips gives: inputs of the models, those without what guidance goes away from, the clean latents
-    [B, C, F, h, w] and the weights [B, F, h, w] of a loss on them.
+    """What a batch of clips gives: inputs of the models, the clean latents [B, C, F, h, w] and the weights
+    [B, F, h, w] of a loss on them.
     """
 
     inputs: Inputs
-    untold: Inputs
     latents: Tensor
     weights: Tensor
 
@@ -108,14 +106,13 @@ class Source:
             text=None if text is None else text.to(self.device),
             face=batch.face.to(self.device) if config.face else None,
             valid=None if bool(valid.all()) else valid.to(self.device),
+            negative=None if negative is None else negative.to(self.device),
         )
-        quiet = None if inputs.audio is None else torch.zeros_like(inputs.audio)
-        untold = replace(inputs, audio=quiet, text=None if negative is None else negative.to(self.device))
         weights = (
             1 + (self.mouth - 1) * clips.mouth[:, :count].float() + (self.eyes - 1) * clips.eyes[:, :count].float()
         )
         latents = clips.latents[:, :count].float().transpose(1, 2)
-        return Given(inputs, untold, latents.to(self.device), (weights / weights.mean()).to(self.device))
+        return Given(inputs, latents.to(self.device), (weights / weights.mean()).to(self.device))
 
     def _picture(self, batch: ShardBatch) -> Tensor | None:
         config = self.model.config
@@ -130,27 +127,6 @@ def _there(what: str, tensor: Tensor | None) -> Tensor:
     if tensor is None:
         raise ValueError(f"the model takes {what}, the shards have none: prepare them again with its encoder")
     return tensor
-
-
-def velocity(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
-    """Velocity [B, C, F, h, w] of clips x_t whose latents stand at timesteps [B, F]; mask: see `block_causal`."""
-    frames = x_t.shape[2]
-    condition = inputs.condition(model)
-    x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
-    audio = None
-    if inputs.audio is not None:
-        valid = None if inputs.valid is None else inputs.valid[:frames]
-        audio = model.audio(inputs.audio[:, :frames].to(model.compute), valid)
-    return model(x, timesteps, range(frames), condition.kv, audio, None, mask)[0]
-
-
-def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, given: Given, guidance: float) -> Tensor:
-    """Velocity under classifier-free guidance: away from silence and the negative prompt. timesteps [B, F]."""
-    told = velocity(model, x_t, timesteps, given.inputs)
-    if guidance == 1:
-        return told
-    untold = velocity(model, x_t, timesteps, given.untold)
-    return untold + guidance * (told - untold)
 
 
 def dropped(inputs: Inputs, odds: float, generator: torch.Generator) -> Inputs:
@@ -237,7 +213,7 @@ class Regression(OnShards[ode_regression.Recipe]):
         generator = torch.Generator().manual_seed(own.randrange(2**31))
         count = states.shape[1]
         chosen = torch.randint(count, (len(states), self.latents // n), generator=generator).repeat_interleave(n, 1)
-        here = torch.tensor([*(warp(t, self.policy.shift) for t in levels(self.policy)), 0.0])[chosen].to(end)
+        here = torch.tensor([*(warp(t, self.policy.shift) for t in levels(self.policy.timesteps)), 0.0])[chosen].to(end)
         index = chosen.to(end.device)[:, None, None, :, None, None].expand(-1, 1, *end.shape[1:])
         x_t = states.gather(1, index)[:, 0]
         mask = torch.ones(self.latents // n, self.latents // n, dtype=torch.bool).tril()
@@ -282,7 +258,7 @@ def _seed(key: str) -> int:
 def trajectory(teacher: JoyAvatarDiT, given: Given, recipe: ode_regression.Recipe, seed: int) -> Tensor:
     """States [n + 1, C, F, h, w] of one clip at the levels of PSB and at its end: Euler steps, all latents together."""
     rules = policy_named(recipe.policy)
-    every, x = recipe.ode_steps // len(levels(rules)), given.latents
+    every, x = recipe.ode_steps // len(levels(rules.timesteps)), given.latents
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x)
     steps = [warp(1000 - 1000 * i / recipe.ode_steps, rules.shift) for i in range(recipe.ode_steps + 1)]
     kept = []
@@ -290,7 +266,7 @@ def trajectory(teacher: JoyAvatarDiT, given: Given, recipe: ode_regression.Recip
         if i % every == 0:
             kept.append(x)
         at, after = (x.new_full((1, x.shape[2]), t) for t in (here, there))
-        x = flow.euler_step(x, guided(teacher, x, at, given, _GUIDANCE), at, after)
+        x = flow.euler_step(x, guided(teacher, x, at, given.inputs, _GUIDANCE), at, after)
     return torch.cat([*kept, x])
 
 
@@ -310,52 +286,9 @@ class Distillation(dmd.Training):
         """Nothing: the saved files are measured, with joyavatar evaluate."""
         return {}
 
-    def _noise(self, made: dmd.Generated, purpose: str) -> tuple[Tensor, Tensor]:
-        timesteps, noise = super()._noise(made, purpose)
-        return timesteps.to(made.latents.device), noise.to(made.latents.device)
-
-    @torch.no_grad()
-    def _direction(self, made: dmd.Generated) -> Tensor:
-        timesteps, noise = self._noise(made, "scores")
-        x, given = made.latents.detach(), cast(_Made, made).given
-        each = timesteps[:, None].expand(-1, x.shape[2])
-        x_t = flow.add_noise(x, noise, each)
-        real = flow.to_x0(x_t, guided(self.real, x_t, each, given, self.recipe.guidance), each)
-        return dmd.distribution_gradient(x, real, dmd.clean(self.critic.model, x_t, timesteps, made.inputs))
-
-    def _rollouts(self, gradient: bool) -> Iterator[dmd.Generated]:
-        common, own = self.draws()
-        drawn = replace(draw(common, self.policy, self.recipe.odds), seed=own.randrange(2**31))
-        given = self.source.at(self.steps, drawn.blocks * self.policy.block_latents)
-        height, width = (cells * self.autoencoder.spatial for cells in given.latents.shape[-2:])
-        geometry = Geometry(
-            width,
-            height,
-            block_latents=self.policy.block_latents,
-            spatial=self.autoencoder.spatial,
-            patch=self.model.config.patch,
-        )
-        what = (self.model, self.policy, geometry, given.inputs, drawn)
-        how: dict[str, Any] = {"history": self.recipe.history, "dtype": self.model.compute}
-        if gradient and self.recipe.block_by_block:
-            samples = block_gradients(*what, **how)
-        else:
-            samples = iter([roll_out(*what, gradient=gradient, **how)])
-        for sample in samples:
-            count = self.recipe.latents
-            made = dmd.last_latents(sample.latents, given.inputs, given.weights, count, self.autoencoder)
-            yield _Made(made.latents, made.inputs, made.weights, _seen(made, given))
-
-
-def _seen(made: dmd.Generated, given: Given) -> Given:
-    """What the scores are given, with and without what guidance goes away from, for the last latents of a rollout."""
-    untold = replace(dmd.deaf(made.inputs), text=given.untold.text)
-    return Given(made.inputs, untold, made.latents, made.weights)
-
-
-@dataclass(frozen=True)
-class _Made(dmd.Generated):
-    given: Given
+    def _given(self, latents: int, common: random.Random, own: random.Random) -> tuple[Inputs, Tensor]:
+        given = self.source.at(self.steps, latents)
+        return given.inputs, given.weights
 
 
 # Commands
@@ -417,7 +350,7 @@ def _bidirectional(stage: Stage, recipe: Any, files: Files, stream: BatchStream,
 def _ode(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> Regression:
     """The pairs are made first, while nothing but the teacher is in memory."""
     index, count = stream.index, stage.clip.latents
-    if recipe.ode_steps % len(levels(policy_named(recipe.policy))):
+    if recipe.ode_steps % len(levels(policy_named(recipe.policy).timesteps)):
         raise ValueError(f"ode_steps {recipe.ode_steps}: must be a multiple of 8, or the PSB levels are missed")
     if len(index) < recipe.pairs:
         raise ValueError(f"{recipe.pairs} pairs need as many samples, the shards have {len(index)}: prepare more")

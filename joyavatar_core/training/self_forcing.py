@@ -28,50 +28,16 @@ from torch import Tensor
 
 from .. import flow
 from ..cache import KV, KVCache
-from ..conditioning import ImageChannels
 from ..geometry import Geometry
 from ..model import AudioKV, JoyAvatarDiT
 from ..policy import RolloutPolicy
-from ..rollout import Condition, Rollout, RolloutState
-from ..schedule import DenoiseStep, blockwise_window
+from ..rollout import Rollout, RolloutState
+from ..schedule import DenoiseStep, blockwise_window, levels
+from .inputs import Inputs
 from .sequences import commit_level
-from .trajectories import levels
 
 Branch = Literal["main", "auxiliary"]
 History = Literal["policy", "clean", "exit"]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What B clips give the model, raw, so that the gradient reaches the projectors too.
-
-    picture: reference tokens [B, L, image_dim]; channels: mask and image channels of B clips; audio: front-end tokens
-    of all their latents [B, F, W, channels], and which of them are valid [F, W], None: all; text [B, L, text_dim];
-    face [B, 512].
-    """
-
-    picture: Tensor | None = None
-    channels: ImageChannels | None = None
-    audio: Tensor | None = None
-    text: Tensor | None = None
-    face: Tensor | None = None
-    valid: Tensor | None = None
-
-    @property
-    def batch(self) -> int:
-        """B. ValueError when nothing is given."""
-        channels = None if self.channels is None else self.channels.at([0])
-        for tensor in (self.picture, self.audio, self.text, self.face, channels):
-            if tensor is not None:
-                return len(tensor)
-        raise ValueError("a rollout needs at least one of picture, channels, audio, text and face")
-
-    def condition(self, model: JoyAvatarDiT) -> Condition:
-        """Keys and values of all that does not change, with or without gradient as the caller's mode is."""
-        like = next(model.parameters())
-        dtype = model.compute or like.dtype
-        text, image, face = (t if t is None else t.to(like.device, dtype) for t in (self.text, self.picture, self.face))
-        return Condition(model.condition(text=text, image=image, face=face), self.channels)
 
 
 @dataclass(frozen=True)
@@ -231,7 +197,7 @@ def branch_policy(policy: RolloutPolicy, draw: Draw, history: History = "policy"
         return policy if draw.bootstrap else replace(policy, bootstrap=0)
     options: dict[str, Any] = {f.name: getattr(policy, f.name) for f in fields(RolloutPolicy)}
     options["kv_level"] = {"policy": policy.kv_level, "clean": "clean", "exit": "last_step"}[history]
-    way = levels(policy)[: draw.exit + 1]
+    way = levels(policy.timesteps)[: draw.exit + 1]
     passed = tuple(t for i, t in enumerate(way) if i in (draw.exit, i // 2 * 2) or draw.substeps[i // 2])
     return OneBlock(**options, passed=passed)
 

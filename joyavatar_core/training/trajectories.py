@@ -27,7 +27,7 @@ from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Rollout, RolloutState
-from ..schedule import DenoiseStep, midpoints
+from ..schedule import DenoiseStep, levels
 from . import parallel
 from .batches import Batch
 from .clips import clip_path
@@ -36,12 +36,6 @@ from .preview import condition, sound
 from .sequences import commit_level
 
 log = logging.getLogger(__name__)
-
-
-def levels(policy: RolloutPolicy) -> tuple[float, ...]:
-    """Main steps and sub-steps, descending, before the warp: what PSB may ask of a block."""
-    main = policy.timesteps
-    return tuple(level for pair in zip(main, midpoints(main), strict=True) for level in pair)
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def _cut(step: DenoiseStep, parts: int) -> Iterator[DenoiseStep]:
 
 def refine(policy: RolloutPolicy, ode_steps: int) -> FinePolicy:
     """The policy with `ode_steps` Euler steps a block. ValueError if they would miss a level of `levels`."""
-    count = len(levels(policy))
+    count = len(levels(policy.timesteps))
     if ode_steps < count or ode_steps % count:
         raise ValueError(f"ode_steps {ode_steps}: must be a multiple of {count}, or the PSB levels are missed")
     if policy.kv_level == "per_step":
@@ -158,7 +152,8 @@ def trace(
 def follow(rollout: Trace, state: RolloutState, blocks: int) -> Trajectory:
     """Run a fresh rollout over `blocks` blocks; the trajectory of the first of its batch."""
     end = torch.cat([block.latents for block in rollout.run(state, blocks)], dim=2)
-    rows = [torch.cat([rollout.states[b, i] for b in range(blocks)], dim=2) for i in range(len(levels(rollout.coarse)))]
+    rungs = range(len(levels(rollout.coarse.timesteps)))
+    rows = [torch.cat([rollout.states[b, i] for b in range(blocks)], dim=2) for i in rungs]
     return Trajectory(torch.stack([row[0] for row in rows]).transpose(1, 2), end[0].transpose(0, 1))
 
 
@@ -182,7 +177,7 @@ class Pairs:
         The noise becomes the one that leads from the end to the state there.
         """
         window, n = slice(batch.layout.lead, None), batch.layout.policy.block_latents
-        rungs = [levels(self.policy).index(t) for t in batch.layout.timesteps for _ in range(n)]
+        rungs = [levels(self.policy.timesteps).index(t) for t in batch.layout.timesteps for _ in range(n)]
         states = [
             self._states(int(c), rungs, f.tolist()) for c, f in zip(batch.clips, batch.frames[:, window], strict=True)
         ]
@@ -223,7 +218,7 @@ class PairStore:
         """One trajectory of each clip that has none yet; the clip's seed decides the noise. Processes share them."""
         home, teacher = self.home, self.teacher_hash
         home.mkdir(parents=True, exist_ok=True)
-        facts = {"teacher": teacher, "levels": list(levels(self.policy)), "ode_steps": self.ode_steps}
+        facts = {"teacher": teacher, "levels": list(levels(self.policy.timesteps)), "ode_steps": self.ode_steps}
         facts |= {"guidance": self.guidance}
         seeds = clips.seed.tolist()
         for clip in range(parallel.rank(), len(seeds), parallel.world()):

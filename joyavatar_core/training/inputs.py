@@ -1,0 +1,79 @@
+"""What a training gives a model beside noised latents, and what the model says of whole clips that it is given with.
+
+Shape legend: B batch, C latent channels, F latent frames of a clip, h w latent size, W audio tokens of a
+latent, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..conditioning import ImageChannels
+from ..model import JoyAvatarDiT
+from ..rollout import Condition
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What B clips give the model, raw, so that the gradient reaches the projectors too.
+
+    picture: reference tokens [B, L, image_dim]; channels: mask and image channels of B clips; audio: front-end tokens
+    of all their latents [B, F, W, channels], and which of them are valid [F, W], None: all; text [B, L, text_dim], and
+    the negative prompt that guidance goes away from, of the same shape; face [B, 512].
+    """
+
+    picture: Tensor | None = None
+    channels: ImageChannels | None = None
+    audio: Tensor | None = None
+    text: Tensor | None = None
+    face: Tensor | None = None
+    valid: Tensor | None = None
+    negative: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        """B. ValueError when nothing is given."""
+        channels = None if self.channels is None else self.channels.at([0])
+        for tensor in (self.picture, self.audio, self.text, self.face, channels):
+            if tensor is not None:
+                return len(tensor)
+        raise ValueError("a rollout needs at least one of picture, channels, audio, text and face")
+
+    def condition(self, model: JoyAvatarDiT) -> Condition:
+        """Keys and values of all that does not change, with or without gradient as the caller's mode is."""
+        like = next(model.parameters())
+        dtype = model.compute or like.dtype
+        text, image, face = (t if t is None else t.to(like.device, dtype) for t in (self.text, self.picture, self.face))
+        return Condition(model.condition(text=text, image=image, face=face), self.channels)
+
+    def untold(self) -> Inputs:
+        """The same without what guidance goes away from: zeros for the sound, the negative prompt for the prompt."""
+        return replace(
+            self,
+            audio=None if self.audio is None else torch.zeros_like(self.audio),
+            text=self.text if self.negative is None else self.negative,
+        )
+
+
+def velocity(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
+    """Velocity [B, C, F, h, w] of clips x_t whose latents stand at timesteps [B, F]; mask: of the attention."""
+    dtype, frames = model.compute or next(model.parameters()).dtype, x_t.shape[2]
+    condition = inputs.condition(model)
+    x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
+    audio = None
+    if inputs.audio is not None:
+        valid = None if inputs.valid is None else inputs.valid[:frames]
+        audio = model.audio(inputs.audio[:, :frames].to(dtype), valid)
+    return model(x, timesteps, range(frames), condition.kv, audio, None, mask)[0]
+
+
+def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float) -> Tensor:
+    """Velocity under classifier-free guidance: away from silence and the negative prompt. timesteps [B, F]."""
+    told = velocity(model, x_t, timesteps, inputs)
+    if guidance == 1:
+        return told
+    untold = velocity(model, x_t, timesteps, inputs.untold())
+    return untold + guidance * (told - untold)

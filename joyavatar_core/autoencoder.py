@@ -310,7 +310,7 @@ def _run(layers: nn.Sequential, x: Tensor, batch: int, state: StreamTensors | No
     names = {layer: f"memory.{i}" for i, layer in enumerate(blocks)}
     after: StreamTensors = {}
     weight = next(p for layer in layers for p in (*layer.parameters(), *layer.buffers()))
-    if not torch.is_autocast_enabled(x.device.type):
+    if not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)):
         x = x.to(weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     for layer in layers:

@@ -5,8 +5,8 @@ Shape legend: B batch, H W pixels, L tokens, D dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from . import checkpoint
 from .attention import AttentionFn, sdpa
 from .audio import AudioFrontEnd, LogMel
 from .autoencoder import AUTOENCODERS, LightAutoencoder, light_config
-from .conditioning import image_channels, reference_tokens
-from .config import MODELS, AudioConfig, FaceConfig, ModelConfig
+from .conditioning import image_channels, reference_tokens, repeated_picture
+from .config import MODELS, ModelConfig
+from .families import PROFILES, Profile, detect_config, numbered, profile_of
 from .geometry import Geometry
 from .model import JoyAvatarDiT
 from .policy import RolloutPolicy
-from .rollout import Condition, Reseed, Rollout
+from .rollout import Condition, Reference, Reseed, Rollout
+from .s2v import MOTION_FRAMES, S2VDiT
 from .stream import AvatarStream, LatentStream
 from .types import VideoAutoencoder
 from .wan_vae import WanVAE, WanVAEConfig
@@ -51,7 +53,7 @@ class Avatar:
     """Weights, audio front end and frame rate of one system; makes streams.
 
     front_end: from a geometry to an audio front end; in models without audio it only says when sound has come.
-    size: (width, height) used when none is asked for.
+    size: (width, height) used when none is asked for. policy: name of the one the model was trained with.
     """
 
     model: JoyAvatarDiT
@@ -61,6 +63,7 @@ class Avatar:
     dtype: torch.dtype
     fps: Fraction = Fraction(16)
     size: tuple[int, int] = (256, 256)
+    policy: str = "joyavatar-flash"
 
     def geometry(self, size: tuple[int, int] | None, policy: RolloutPolicy) -> Geometry:
         """Geometry of a stream of (width, height) pixels. ValueError names the sizes that fit."""
@@ -80,14 +83,16 @@ class Avatar:
         encoded = encoded or Encoded()
         channels = None
         if self.model.config.has_image_channels:
-            channels = image_channels(self.autoencoder, picture.to(self.device))
+            encode = repeated_picture if self.model.config.mask_channels == 1 else image_channels
+            channels = encode(self.autoencoder, picture.to(self.device))
         image = encoded.image
         if image is None and channels is not None and takes_reference_tokens(self.model.config):
             image = reference_tokens(channels.picture, self.model.config.patch)
         kv = self.model.condition(
             *(None if t is None else t.to(self.device, self.dtype) for t in (encoded.text, image, encoded.face))
         )
-        return Condition(kv, channels)
+        reference = still_reference(self.autoencoder, picture.to(self.device)) if self.model.config.s2v else None
+        return Condition(kv, channels, reference)
 
     def stream(
         self,
@@ -116,6 +121,13 @@ class Avatar:
             reseed=reseed,
         )
         return AvatarStream(LatentStream(rollout, self.front_end(geometry)), decoder or self.autoencoder)
+
+
+def still_reference(autoencoder: VideoAutoencoder, picture: Tensor) -> Reference:
+    """What Wan2.2-S2V is shown: a picture [1, 3, H, W] in [-1, 1], and a past in which it stood still."""
+    frame = picture.unsqueeze(2)
+    motion = autoencoder.encode(frame.expand(-1, -1, MOTION_FRAMES, -1, -1))
+    return Reference(autoencoder.encode(frame), motion)
 
 
 def takes_reference_tokens(config: ModelConfig) -> bool:
@@ -175,20 +187,67 @@ def load_model(
     attention: AttentionFn = sdpa,
     compute: torch.dtype | None = None,
 ) -> JoyAvatarDiT:
-    """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes).
+    """The transformer alone of `load_profiled`."""
+    return load_profiled(paths, ops, attention, compute)[0]
 
-    Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights. compute: see
-    JoyAvatarDiT.
+
+def load_profiled(
+    paths: str | Path | Sequence[str | Path],
+    ops: Any = nn,
+    attention: AttentionFn = sdpa,
+    compute: torch.dtype | None = None,
+) -> tuple[JoyAvatarDiT, Profile]:
+    """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes), and
+    the system it is of.
+
+    Several files are read as one, e.g. Wan2.1 image-to-video and FantasyTalking's audio weights, or LongLive's base and
+    its LoRA. compute: see JoyAvatarDiT.
     """
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    profile = ""
 
     def build(metadata: dict[str, str], tensors: checkpoint.Tensors) -> JoyAvatarDiT:
-        if "model_config" in metadata:
-            config = checkpoint.config_from_json(ModelConfig, metadata["model_config"])
-        else:
-            config = detect_config(tensors)
-        return JoyAvatarDiT(config, ops, attention, compute)
+        nonlocal profile
+        config = config_of(metadata, tensors)
+        profile = profile_of(config, metadata, paths)
+        return build_model(config, ops, attention, compute)
 
-    return checkpoint.load_module(paths, build, "transformer")
+    model = checkpoint.load_module(paths, build, "transformer")
+    return model, PROFILES[profile]
+
+
+def stored_model(
+    tensors: checkpoint.Tensors,
+    metadata: Mapping[str, str],
+    name: str,
+    ops: Any,
+    attention: AttentionFn,
+    compute: torch.dtype,
+    beside: tuple[str, ...] = (),
+) -> tuple[JoyAvatarDiT, Profile]:
+    """As `load_profiled`, of tensors under our names that `ops` keeps in a form of its own: see checkpoint.load_stored.
+
+    name: of the file.
+    """
+    config = config_of(metadata, {n: t for n, t in tensors.items() if not (beside and n.endswith(beside))})
+    with torch.device("meta"):
+        model, twin = build_model(config, ops, attention, compute), build_model(config)
+    model = checkpoint.load_stored(model, twin, tensors, f"{name} as transformer", beside).eval()
+    return model, PROFILES[profile_of(config, metadata, [name])]
+
+
+def build_model(
+    config: ModelConfig, ops: Any = nn, attention: AttentionFn = sdpa, compute: torch.dtype | None = None
+) -> JoyAvatarDiT:
+    """The transformer that sizes describe, its weights not yet loaded: see JoyAvatarDiT."""
+    return (S2VDiT if config.s2v else JoyAvatarDiT)(config, ops, attention, compute)
+
+
+def config_of(metadata: Mapping[str, str], tensors: checkpoint.Tensors) -> ModelConfig:
+    """Sizes of a transformer: from the metadata, else from the shapes. CheckpointError when it is something else."""
+    if "model_config" in metadata:
+        return checkpoint.config_from_json(ModelConfig, metadata["model_config"])
+    return detect_config(tensors)
 
 
 def load_autoencoder(path: str | Path, ops: Any = nn) -> WanVAE | LightAutoencoder:
@@ -218,48 +277,6 @@ def load_light_autoencoder(path: str | Path, ops: Any = nn) -> LightAutoencoder:
     return checkpoint.load_module(path, build, "light autoencoder")
 
 
-def detect_config(tensors: checkpoint.Tensors) -> ModelConfig:
-    """Sizes of a Wan2.1-shaped transformer from its tensors. CheckpointError when it is something else."""
-    try:
-        return _config_of_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    except KeyError as missing:
-        raise checkpoint.CheckpointError(f"not a Wan2.1-shaped transformer: {missing} is missing") from missing
-
-
-def _config_of_shapes(shapes: dict[str, tuple[int, ...]]) -> ModelConfig:
-    """Wan2.1 has heads of 128 channels in all its sizes."""
-    patch = shapes["patch_embedding.weight"]
-    if len(patch) != 5 or patch[0] % 128:
-        raise checkpoint.CheckpointError(
-            f"not a Wan2.1-shaped transformer: patch_embedding.weight is {list(patch)}, must be "
-            "[dim, channels, 1, height, width] with dim a multiple of 128"
-        )
-    return replace(
-        MODELS["wan-i2v-1.3b"],
-        dim=patch[0],
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-        layers=_count(shapes, "blocks"),
-        heads=patch[0] // 128,
-        in_channels=patch[1],
-        patch=(patch[3], patch[4]),
-        image_dim=shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else 0,
-        audio=_audio_of_shapes(shapes) if "proj_model.proj.weight" in shapes else None,
-        face=_face_of_shapes(shapes) if "face_proj.proj_in.weight" in shapes else None,
-    )
-
-
-def _audio_of_shapes(shapes: dict[str, tuple[int, ...]]) -> AudioConfig:
-    width, features = shapes["proj_model.proj.weight"]
-    return AudioConfig(features=features, width=width)
-
-
-def _face_of_shapes(shapes: dict[str, tuple[int, ...]]) -> FaceConfig:
-    """The published resamplers have heads of 64 channels."""
-    dim, features = shapes["face_proj.proj_in.weight"]
-    depth, queries = _count(shapes, "face_proj.layers"), shapes["face_proj.latents"][1]
-    return FaceConfig(features, dim, depth, dim // 64, queries, width=shapes["face_proj.proj_out.weight"][0])
-
-
 def detect_vae_config(tensors: checkpoint.Tensors) -> WanVAEConfig:
     """Widths of an autoencoder of Wan2.1's kind from its tensors. CheckpointError when it is something else."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -282,7 +299,7 @@ def detect_vae_config(tensors: checkpoint.Tensors) -> WanVAEConfig:
 def _vae_levels(shapes: dict[str, tuple[int, ...]]) -> list[tuple[list[int], bool]]:
     """Of each level of the encoder: widths of its residual blocks, and whether the frame rate is halved after it."""
     levels: list[tuple[list[int], bool]] = [([], False)]
-    for i in range(_count(shapes, "encoder.downsamples")):
+    for i in range(numbered(shapes, "encoder.downsamples")):
         layer = f"encoder.downsamples.{i}"
         if f"{layer}.resample.1.weight" in shapes:
             levels[-1] = (levels[-1][0], f"{layer}.time_conv.weight" in shapes)
@@ -292,9 +309,3 @@ def _vae_levels(shapes: dict[str, tuple[int, ...]]) -> list[tuple[list[int], boo
     if not all(widths for widths, _ in levels):
         raise KeyError("a residual block of encoder.downsamples")
     return levels
-
-
-def _count(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
-    """One more than the largest number that follows the prefix in a name."""
-    numbers = [n[len(prefix) + 1 :].split(".")[0] for n in shapes if n.startswith(prefix + ".")]
-    return 1 + max((int(n) for n in numbers if n.isdigit()), default=-1)

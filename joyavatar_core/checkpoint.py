@@ -6,6 +6,7 @@ families are read with `torch.load(weights_only=True)` only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,14 +15,16 @@ import re
 import struct
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from . import lora
 
 Tensors = dict[str, Tensor]
 Module = TypeVar("Module", bound=nn.Module)
@@ -31,10 +34,28 @@ TRANSLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "joyavatar": (),
     "wan": (),
     "comfyui": ((r"^(model\.)?diffusion_model\.", ""),),
-    "self-forcing": ((r"_fsdp_wrapped_module\.", ""), (r"^model\.", "")),
+    "self-forcing": (
+        (r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", ""),
+        (r"^(module\.)*((generator_ema|generator)\.)?(module\.)*(model\.)?", ""),
+    ),
     "fantasytalking": ((r"^audio_processor\.", ""),),
 }
 """How the key names of each family become ours."""
+_WRAPPED = ("model.", "module.", "generator.", "generator_ema.", "_fsdp_wrapped_module.", "_orig_mod.")
+
+Variant = Literal["ema", "plain"]
+"""Which of a trainer's two sets of weights is taken, where a file holds both: the averaged ones, or not."""
+_VARIANTS: dict[Variant, tuple[str, str]] = {
+    "ema": ("generator_ema", "generator"),
+    "plain": ("generator", "generator_ema"),
+}
+
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHT_SCALES = (".scale_weight", ".weight_scale")
+_SCALED_REST = (".scale_input", ".input_scale", ".comfy_quant")
+SCALES = (*_WEIGHT_SCALES, *_SCALED_REST)
+"""Ends of the names of what goes with a matrix in scaled fp8."""
 
 
 class CheckpointError(ValueError):
@@ -60,26 +81,29 @@ def detect_family(names: typing.Iterable[str]) -> str:
     names = list(names)
     if any("diffusion_model." in n for n in names):
         return "comfyui"
-    if any(n.startswith("model.") for n in names):
+    if any(n.startswith(_WRAPPED) for n in names):
         return "self-forcing"
     if any(n.startswith("audio_processor.") for n in names):
         return "fantasytalking"
     return "wan"
 
 
-def read(path: str | Path) -> tuple[Tensors, dict[str, str]]:
+def read(path: str | Path, variant: Variant = "ema") -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a checkpoint file.
 
+    variant: of a file that holds a generator twice; the other set is not returned, nor a critic beside them.
     Raises CheckpointError for a missing, empty, truncated or foreign file.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .safetensors file")
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path.name} is GGUF, which only ComfyUI with the node pack ComfyUI-GGUF reads")
     if path.suffix in (".pt", ".pth", ".ckpt"):
-        return _read_pickle(path), {}
+        return _read_pickle(path, variant), {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            tensors = {name: _aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _aligned(file.get_tensor(name)) for name in _chosen(file.keys(), variant)}
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is not a readable safetensors file ({error}); fetch it again") from error
@@ -110,7 +134,26 @@ def load_into(module: Module, tensors: Mapping[str, Tensor], what: str) -> Modul
 
     Raises CheckpointError naming missing, left-over and misshapen keys.
     """
-    own = module.state_dict()
+    _check_fit(module.state_dict(), tensors, what)
+    module.load_state_dict(dict(tensors), strict=True, assign=True)
+    return module
+
+
+def load_stored(
+    module: Module, twin: nn.Module, tensors: Mapping[str, Tensor], what: str, beside: tuple[str, ...] = ()
+) -> Module:
+    """Fill a module whose layers keep matrices in a form of their own (the host's, for fp8 with scales and for GGUF).
+
+    twin: the same of torch's layers, on the meta device, which says the names and shapes there must be. beside: ends
+    of the names of what such a layer takes besides. Raises CheckpointError as `load_into`.
+    """
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(beside)} if beside else tensors
+    _check_fit(twin.state_dict(), own, what)
+    module.load_state_dict(dict(tensors), strict=False, assign=True)
+    return module
+
+
+def _check_fit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
     problems = _listed("missing", sorted(own.keys() - tensors.keys()))
     problems += _listed("left over", sorted(tensors.keys() - own.keys()))
     wrong = [
@@ -121,26 +164,77 @@ def load_into(module: Module, tensors: Mapping[str, Tensor], what: str) -> Modul
     problems += _listed("of another shape", wrong)
     if problems:
         raise CheckpointError(f"{what} does not fit: " + "; ".join(problems))
-    module.load_state_dict(dict(tensors), strict=True, assign=True)
-    return module
 
 
-def read_merged(paths: Sequence[str | Path]) -> tuple[Tensors, dict[str, str]]:
+def is_scaled(path: str | Path) -> bool:
+    """Whether a safetensors file has matrices in scaled fp8 (`multiplied_out`); only its header is read."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return any(name.endswith(_WEIGHT_SCALES) for name in file.keys())  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError):
+        return False
+
+
+def read_merged(paths: Sequence[str | Path], variant: Variant = "ema") -> tuple[Tensors, dict[str, str]]:
     """Tensors of several files under our names, and their metadata; the last file that has an entry wins.
 
-    Raises CheckpointError if two files hold the same tensor.
+    Matrices in scaled fp8 are multiplied out, and adapters (LoRA), in files of their own or inside, put in.
+    Raises CheckpointError if two files hold the same tensor, or an adapter belongs to another model.
     """
     merged: Tensors = {}
     metadata: dict[str, str] = {}
+    adapters: list[tuple[str, Tensors]] = []
     for path in paths:
-        tensors, entries = read(path)
-        tensors = translate(tensors, detect_family(tensors))
+        name = Path(path).name
+        tensors, entries = read(path, variant)
+        tensors = multiplied_out(translate(tensors, detect_family(tensors)))
+        if lora.is_adapter(tensors):
+            adapters.append((name, tensors))
+            continue
+        if lora.is_inside(tensors):
+            with _said_of(name):
+                tensors, entries = lora.freed(tensors), {**entries, "adapters_inside": name}
         twice = sorted(merged.keys() & tensors.keys())
         if twice:
-            raise CheckpointError(f"{Path(path).name} repeats tensors of another file: {_listed('twice', twice)[0]}")
+            raise CheckpointError(f"{name} repeats tensors of another file: {_listed('twice', twice)[0]}")
         merged |= tensors
         metadata |= entries
+    for name, adapter in adapters:
+        with _said_of(name):
+            merged = lora.put_in(merged, adapter)
     return merged, metadata
+
+
+@contextlib.contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """ValueErrors become CheckpointErrors of a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def multiplied_out(tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """Matrices stored as fp8 beside one scale for each, as the host's files have them, in a dtype that needs none.
+
+    Both of the host's spellings: `NAME.scale_weight` with a marker `scaled_fp8`, and `NAME.weight_scale` with
+    `NAME.comfy_quant`. What they say of the inputs concerns multiplication in fp8 only. Other tensors stay.
+    Raises CheckpointError for a scale that is no single number (a finer format), or without its matrix.
+    """
+    scales = {name: name.removesuffix(end) for name in tensors for end in _WEIGHT_SCALES if name.endswith(end)}
+    out = {n: t for n, t in tensors.items() if n not in scales and not n.endswith(_SCALED_REST) and n != "scaled_fp8"}
+    for name, module in scales.items():
+        weight, scale = f"{module}.weight", tensors[name]
+        if weight not in out:
+            raise CheckpointError(f"{name} scales {weight}, which is not there")
+        if scale.numel() != 1 or (out[weight].element_size() == 1 and out[weight].dtype not in FP8):
+            raise CheckpointError(
+                f"{weight} is quantised as {out[weight].dtype} with {scale.numel()} scales: only fp8 with one scale "
+                "for a matrix is read; take the fp8_scaled or the bf16 file"
+            )
+        if out[weight].dtype in FP8:
+            out[weight] = (out[weight].float() * scale.float()).to(dtype)
+    return out
 
 
 def load_module(
@@ -206,7 +300,17 @@ _UNREADABLE = (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeErr
                struct.error)  # fmt: skip
 
 
-def _read_pickle(path: Path) -> Tensors:
+def _chosen(names: Iterable[str], variant: Variant) -> list[str]:
+    """Names of one set of weights, of a file that holds both side by side."""
+    names = list(names)
+    ema = [n for n in names if n.startswith("generator_ema.")]
+    plain = [n for n in names if n.startswith("generator.")]
+    if not (ema and plain):
+        return names
+    return ema if variant == "ema" else plain
+
+
+def _read_pickle(path: Path, variant: Variant) -> Tensors:
     """A public .pth file: a state dict, possibly one level down under a well-known name."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -214,7 +318,7 @@ def _read_pickle(path: Path) -> Tensors:
         raise CheckpointError(f"{path.name} holds more than weights: convert it to safetensors") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"{path.name} cannot be read as weights only ({error})") from error
-    for name in ("generator_ema", "generator", "state_dict", "model"):
+    for name in (*_VARIANTS[variant], "generator_lora", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
             break

@@ -5,6 +5,9 @@ latents encode [picture, grey, grey, ...]. The causal autoencoder forgets the pi
 such a clip is exactly constant from some latent on (29 for Wan2.1), so an endless clip encodes the first latents once
 (30 for Wan2.1: `settled_latents` of the autoencoder) and reuses the last.
 
+OmniAvatar concatenates [image latent | mask 1] instead: the picture's own latent beside every latent frame, and a mask
+that is zero for latent frame 0 and one for all others.
+
 Shape legend: B batch, C latent channels, n latent frames, h w latent size, H W pixels, L tokens.
 """
 
@@ -21,9 +24,13 @@ from .types import VideoAutoencoder
 
 @dataclass(frozen=True)
 class ImageChannels:
-    """Mask and image channels of a stream of any length: [B, 4 + C, n, h, w], the last one repeated for ever."""
+    """Mask and image channels of a stream of any length: [B, 4 + C, n, h, w], the last one repeated for ever.
+
+    mask_last: the layout of OmniAvatar, [B, C + 1, n, h, w].
+    """
 
     channels: Tensor
+    mask_last: bool = False
 
     def at(self, latents: Sequence[int]) -> Tensor:
         """Channels of the given latent frames: [B, 4 + C, len(latents), h, w]."""
@@ -33,7 +40,7 @@ class ImageChannels:
     @property
     def picture(self) -> Tensor:
         """Latent of the picture itself, [B, C, h, w]."""
-        return self.channels[:, 4:, 0]
+        return self.channels[:, :-1, 0] if self.mask_last else self.channels[:, 4:, 0]
 
 
 def image_channels(autoencoder: VideoAutoencoder, picture: Tensor, temporal: int = 4) -> ImageChannels:
@@ -46,6 +53,13 @@ def image_channels(autoencoder: VideoAutoencoder, picture: Tensor, temporal: int
     mask = encoded.new_zeros(batch, temporal, *encoded.shape[2:])
     mask[:, :, 0] = 1
     return ImageChannels(torch.cat([mask, encoded], dim=1))
+
+
+def repeated_picture(autoencoder: VideoAutoencoder, picture: Tensor) -> ImageChannels:
+    """A picture [B, 3, H, W] in [-1, 1] as OmniAvatar's channels: two latent frames, of which the second repeats."""
+    encoded = autoencoder.encode(picture.unsqueeze(2)).expand(-1, -1, 2, -1, -1)  # [B, C, 2, h, w]
+    mask = torch.cat([torch.zeros_like(encoded[:, :1, :1]), torch.ones_like(encoded[:, :1, 1:])], dim=2)
+    return ImageChannels(torch.cat([encoded, mask], dim=1), mask_last=True)
 
 
 def reference_tokens(latent: Tensor, patch: tuple[int, int]) -> Tensor:

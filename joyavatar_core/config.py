@@ -5,7 +5,7 @@ Sources: Wan2.1 (engine note 1.1), FantasyTalking and its relatives for audio an
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
@@ -14,14 +14,16 @@ class AudioConfig:
     """How audio features become keys and values.
 
     kind: "tokens" projects every token (FantasyTalking: Linear without bias, LayerNorm);
-        "window" mixes all tokens of a latent frame into `tokens` new ones (embedded model, log-mel).
+        "window" mixes all tokens of a latent frame into `tokens` new ones (embedded model, log-mel);
+        "added" packs them into one of `width` numbers that is added to the hidden states (OmniAvatar);
+        "injected" mixes those of a latent frame's pixel frames into `tokens`, attended to between layers (Wan2.2-S2V).
     features: channels of a front-end token. width: channels after the projector.
     window: tokens per latent frame that the front end gives; columns: of the spectrogram in a token; tokens: how many
         the mixing leaves; channels, hidden: its widths ("window" only).
     scale: weight of the audio term in the cross-attention sum.
     """
 
-    kind: Literal["tokens", "window"] = "tokens"
+    kind: Literal["tokens", "window", "added", "injected"] = "tokens"
     features: int = 768
     width: int = 2048
     window: int = 0
@@ -34,6 +36,8 @@ class AudioConfig:
     def __post_init__(self) -> None:
         if self.kind == "window" and min(self.window, self.tokens, self.channels, self.hidden) < 1:
             raise ValueError(f"{self}: a window projector needs window, tokens, channels and hidden of at least 1")
+        if self.kind in ("added", "injected") and self.window < 1:
+            raise ValueError(f"{self}: this audio needs a window, the pixel frames of a latent")
         if self.kind == "window" and (self.columns < 1 or self.features % self.columns):
             raise ValueError(f"features {self.features} must be a multiple of the {self.columns} columns of a token")
 
@@ -52,11 +56,25 @@ class FaceConfig:
 
 
 @dataclass(frozen=True)
+class S2VConfig:
+    """What Wan2.2-S2V has beside Wan2.1's text to video; its audio is of the kind "injected".
+
+    inject_layers: layers after which audio is attended to. audio_layers: hidden states of the audio encoder that are
+        mixed, side by side in a front-end token.
+    """
+
+    inject_layers: tuple[int, ...] = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+    audio_layers: int = 25
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes of the transformer. head_dim = dim / heads.
 
     text_dim, image_dim: channels of the text and image tokens; 0 leaves the branch, and its parameters, out.
-    in_channels: noisy latents, and for image-to-video four mask and `out_channels` image channels.
+    in_channels: noisy latents, and for image-to-video `out_channels` image channels and four of mask (Wan2.1) or one
+        (OmniAvatar).
+    s2v: the further parts of Wan2.2-S2V (s2v.py), or none.
     prediction: what the head gives: the velocity, or the clean latents it is then worked out from (easier to learn
         where a patch holds about as many numbers as a token is wide: Li and He 2025, "Back to basics").
     """
@@ -76,17 +94,29 @@ class ModelConfig:
     face: FaceConfig | None = None
     eps: float = 1e-6
     prediction: Literal["velocity", "x0"] = "velocity"
+    s2v: S2VConfig | None = field(default=None, repr=False)  # newer than saved streams, whose identity is a repr
 
     def __post_init__(self) -> None:
         if min(self.dim, self.heads, self.layers) < 1 or self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(
                 f"dim {self.dim} must be an even multiple of heads {self.heads}, and layers {self.layers} positive"
             )
-        if self.in_channels not in (self.out_channels, 2 * self.out_channels + 4):
+        if self.in_channels - self.out_channels not in (0, self.out_channels + 1, self.out_channels + 4):
             raise ValueError(
-                f"in_channels {self.in_channels}: must be {self.out_channels} (text to video) or "
-                f"{2 * self.out_channels + 4} (image to video)"
+                f"in_channels {self.in_channels}: must be {self.out_channels} (text to video), "
+                f"{2 * self.out_channels + 4} (image to video) or {2 * self.out_channels + 1} (OmniAvatar)"
             )
+        if (self.audio is not None and self.audio.kind == "injected") != (self.s2v is not None):
+            raise ValueError("injected audio and an S2VConfig belong together: give both or none")
+        if self.s2v and self.audio:
+            layers = self.s2v.inject_layers
+            if not layers or list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < self.layers:
+                raise ValueError(f"inject_layers {layers}: give ascending layers in 0 .. {self.layers - 1}")
+            if self.audio.features % self.s2v.audio_layers or self.dim % 4:
+                raise ValueError(
+                    f"features {self.audio.features} must be a multiple of the {self.s2v.audio_layers} layers, "
+                    f"dim {self.dim} of 4"
+                )
         if self.prediction not in ("velocity", "x0"):
             raise ValueError(f"prediction {self.prediction!r} is not known: use velocity or x0")
 
@@ -97,6 +127,16 @@ class ModelConfig:
     @property
     def has_image_channels(self) -> bool:
         return self.in_channels != self.out_channels
+
+    @property
+    def mask_channels(self) -> int:
+        """Of the image-to-video channels, those that say where the picture stands: 4, 1 or none."""
+        return max(0, self.in_channels - 2 * self.out_channels)
+
+    @property
+    def audio_layers(self) -> range:
+        """Layers before which packed audio ("added") is added: 2 .. layers / 2."""
+        return range(2, self.layers // 2 + 1)
 
 
 _WAN_1_3B = ModelConfig(dim=1536, ffn_dim=8960, layers=30, heads=12)
@@ -121,6 +161,16 @@ MODELS: dict[str, ModelConfig] = {
     "wan-i2v-1.3b": _WAN_1_3B,
     "wan-t2v-14b": replace(_WAN_14B, in_channels=16, image_dim=0),
     "wan-i2v-14b": _WAN_14B,
+    "omniavatar-1.3b": replace(
+        _WAN_1_3B, in_channels=33, image_dim=0, audio=AudioConfig(kind="added", features=10752, width=32, window=4)
+    ),
+    "wan-s2v-14b": replace(
+        _WAN_14B,
+        in_channels=16,
+        image_dim=0,
+        audio=AudioConfig(kind="injected", features=25 * 1024, window=4, tokens=4),
+        s2v=S2VConfig(),
+    ),
     "flash-1.3b": replace(_WAN_1_3B, **_TALKING),
     "teacher-14b": replace(_WAN_14B, **_TALKING),
 }

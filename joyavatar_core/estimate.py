@@ -38,11 +38,65 @@ class Estimate:
         return self.cache_bytes + self.work_bytes
 
 
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the model, in tokens: of the latents it works on, and of all that they attend to."""
+
+    queries: int
+    keys: int
+
+
+def reference_tokens(config: ModelConfig, geometry: Geometry) -> int:
+    """Of a reference sink: a latent frame, and in Wan2.2-S2V another for the newest of 19 motion latents, a quarter for
+    the two before it, and four sixteenths for the rest.
+    """
+    rows, columns = geometry.grid
+    if not config.s2v:
+        return rows * columns
+    return 2 * rows * columns + (rows // 2) * (columns // 2) + 4 * (rows // 4) * (columns // 4)
+
+
+def window_forwards(
+    config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, window: int, num_blocks: int | None = None
+) -> tuple[Forward, ...]:
+    """Every forward of a window, in order: those that make a reference and that run a clean block again as well."""
+    latent, finished = geometry.tokens_per_latent, policy.first_block(window)
+    block = policy.block_latents * latent
+    local = min(policy.local_blocks, max(0, finished - policy.sink_blocks))
+    past = (min(policy.sink_blocks, finished) + local) * block
+    found: list[Forward] = []
+    if policy.reference_sink:
+        reference = reference_tokens(config, geometry)
+        past += reference
+        if window == 0 or finished == policy.reference_refresh:
+            found.append(Forward(reference, reference))
+    for step in policy.window_steps(window, num_blocks):
+        queries = len(step.blocks) * block + (latent if policy.motion_frame and finished else 0)
+        found.append(Forward(queries, past + queries))
+        if step.finishes and policy.kv_level == "clean":
+            found.append(Forward(block, past + block))
+    return tuple(found)
+
+
 def cache_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
-    """Of the keys and values of a rollout: see KVCache."""
-    caches = len(policy.timesteps) if policy.kv_level == "per_step" else 1
-    tokens = policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
-    return caches * config.layers * 2 * tokens * config.dim * bytes_each
+    """Of the keys and values a rollout holds between two windows: see KVCache and RolloutState."""
+    tokens = _caches(policy) * policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    tokens += reference_tokens(config, geometry) if policy.reference_sink else 0
+    return _kv_bytes(config, tokens, bytes_each)
+
+
+def pending_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
+    """Of the keys and values of a window's earlier steps that wait for its end, at the most."""
+    steps = _caches(policy) if policy.kv_level == "per_step" else 0
+    return _kv_bytes(config, steps * policy.block_latents * geometry.tokens_per_latent, bytes_each)
+
+
+def _caches(policy: RolloutPolicy) -> int:
+    return len(policy.timesteps) if policy.kv_level == "per_step" else 1
+
+
+def _kv_bytes(config: ModelConfig, tokens: int, bytes_each: int) -> int:
+    return config.layers * 2 * tokens * config.dim * bytes_each
 
 
 def work_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
@@ -50,9 +104,10 @@ def work_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, b
     latents = policy.window_blocks * policy.block_latents + policy.motion_frame
     window = latents * geometry.tokens_per_latent
     seen = window + policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    seen += reference_tokens(config, geometry) if policy.reference_sink else 0
     transformer = (window * (_WINDOW_COPIES * config.dim + config.ffn_dim) + 4 * seen * config.dim) * bytes_each
     decoder = geometry.width * geometry.height * _DECODER_FLOATS_PER_PIXEL * bytes_each
-    return max(transformer, decoder)
+    return max(transformer + pending_bytes(config, policy, geometry, bytes_each), decoder)
 
 
 def estimate(

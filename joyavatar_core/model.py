@@ -23,7 +23,7 @@ from . import flow
 from .attention import AttentionFn, sdpa
 from .cache import KV
 from .config import ModelConfig
-from .projectors import AudioTokenProjector, AudioWindowProjector, FaceResampler, ImageProjector
+from .projectors import AudioPack, AudioTokenProjector, AudioWindowProjector, FaceResampler, ImageProjector
 from .rope import rotary_table, rotate
 
 
@@ -80,10 +80,32 @@ class Context(Protocol):
 
 @dataclass(frozen=True)
 class Past:
-    """A context and the temporal RoPE index of each of its latent frames, in its order."""
+    """A context and the temporal RoPE index of each of its latent frames, in its order.
+
+    reference: index of the prefilled reference (`prefill`), whose keys follow those of the latent frames; None: there
+        is none. shift: by how much what lies before the stream has moved along (`reference_table`).
+    """
 
     context: Context
     positions: tuple[int, ...]
+    reference: int | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class WithReference:
+    """A context, or none, and behind it the keys and values of a reference, each [layers, B, R, heads, head_dim]."""
+
+    before: Context | None
+    reference: KV
+
+    def context(self, layer: int) -> KV:
+        """As Context.context, the R tokens of the reference last."""
+        keys, values = (t[layer] for t in self.reference)
+        if self.before is None:
+            return keys, values
+        past_keys, past_values = self.before.context(layer)
+        return torch.cat([past_keys, keys], dim=1), torch.cat([past_values, values], dim=1)
 
 
 class SelfAttention(nn.Module):
@@ -141,7 +163,7 @@ class CrossAttention(nn.Module):
         if config.image_dim:
             self.k_img, self.v_img = ops.Linear(dim, dim), ops.Linear(dim, dim)
             self.norm_k_img = ops.RMSNorm(dim, eps=eps)
-        if config.audio:
+        if config.audio and config.audio.kind != "added":
             self.processor = AudioProcessor(config.audio.width, dim, ops)
         if config.face:
             self.to_k_ip = ops.Linear(config.face.width, dim, bias=False)
@@ -252,6 +274,8 @@ class JoyAvatarDiT(nn.Module):
         compute: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if config.s2v is not None:
+            raise ValueError("sizes of Wan2.2-S2V: build S2VDiT (avatar.build_model knows which)")
         self.config, self.compute = config, compute
         dim, patch = config.dim, (1, *config.patch)
         self.patch_embedding = ops.Conv3d(config.in_channels, dim, patch, stride=patch)
@@ -263,7 +287,10 @@ class JoyAvatarDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), ops.Linear(dim, 6 * dim))
         if config.image_dim:
             self.img_emb = ImageProjector(config.image_dim, dim, ops)
-        if config.audio:
+        if config.audio and config.audio.kind == "added":
+            self.audio_proj = AudioPack(config.audio, ops)
+            self.audio_cond_projs = nn.ModuleList(ops.Linear(config.audio.width, dim) for _ in config.audio_layers)
+        elif config.audio:
             projector = AudioTokenProjector if config.audio.kind == "tokens" else AudioWindowProjector
             self.proj_model = projector(config.audio, ops)
         if config.face:
@@ -295,7 +322,13 @@ class JoyAvatarDiT(nn.Module):
         return ConditionKV(**parts)
 
     def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
-        """Front-end tokens [B, F, W, C], valid [F, W] -> keys and values: computed once per block."""
+        """Front-end tokens [B, F, W, C], valid [F, W] -> keys and values: computed once per block.
+
+        Packed audio ("added") gives one [B, F, 1, D] for each of `config.audio_layers` instead.
+        """
+        if self._adds:
+            packed = self.audio_proj(tokens).unsqueeze(2)
+            return AudioKV(tuple((project(packed),) for project in self.audio_cond_projs), None)
         projected = self.proj_model(tokens)
         if self.config.audio and self.config.audio.kind == "window":
             valid = None  # the projector has mixed the tokens
@@ -331,6 +364,40 @@ class JoyAvatarDiT(nn.Module):
         time = self._time(timesteps.expand(batch, frames), tokens.dtype)  # [B, F, D]
         levels = self.time_projection(time).unflatten(-1, (6, -1))
         table = self._table(tuple(positions), past, (h, w), tokens)
+        tokens, kvs = self._layers(tokens, levels, table, condition, audio, past, mask)
+        out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
+        if self.config.prediction == "x0":
+            out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
+        return out, kvs
+
+    def prefill(self, x: Tensor, condition: ConditionKV, position: int, motion: Tensor | None = None) -> list[KV]:
+        """Keys before RoPE and values of a reference, made once and seen by all blocks: a clean latent frame alone.
+
+        Args:
+            x: [B, in_channels, 1, h, w] its latent (and mask and image channels); a generated one, later, as well.
+            condition: as in `forward`. position: RoPE index it is made at.
+            motion: [B, out_channels, n, h, w] latents of a still past, for families that take one.
+        """
+        return self(x, x.new_zeros(1), (position,), condition)[1]
+
+    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotation of what `prefill` gave for latents of `size` (h, w), the reference at an index of its own.
+
+        shift: by how much tokens of a past before the stream are moved along, in families that have some.
+        """
+        return rotary_table((position,), self._grid(size), self.config.head_dim, like.dtype, like.device)
+
+    def _layers(
+        self,
+        tokens: Tensor,
+        levels: Tensor,
+        table: Table,
+        condition: ConditionKV,
+        audio: AudioKV | None = None,
+        past: Past | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[KV]]:
+        """All blocks: tokens [B, L, D], levels [B, F, 6, D] -> tokens for the head, keys before RoPE and values."""
         kvs: list[KV] = []
         for i, block in enumerate(self.blocks):
             tokens = self._inject(i, tokens, audio)
@@ -345,21 +412,24 @@ class JoyAvatarDiT(nn.Module):
                 audio and audio.valid,
             )
             kvs.append(kv)
-        tokens = self._inject(len(self.blocks), tokens, audio)
-        out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
-        if self.config.prediction == "x0":
-            out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
-        return out, kvs
+        return self._inject(len(self.blocks), tokens, audio), kvs
 
     def _attended(self, layer: int, audio: AudioKV | None) -> KV | None:
         """Audio keys and values for the cross-attention of a layer."""
-        return None if audio is None else cast(KV, audio.layers[layer])
+        return None if audio is None or self._adds else cast(KV, audio.layers[layer])
 
     def _inject(self, layer: int, tokens: Tensor, audio: AudioKV | None) -> Tensor:
         """Tokens [B, L, D] on their way into a layer, or (layer = number of layers) into the head: families whose
         audio goes there, and not into the cross-attention, add it here.
         """
-        return tokens
+        if audio is None or not self._adds or layer not in self.config.audio_layers:
+            return tokens
+        (added,) = audio.layers[layer - self.config.audio_layers.start]
+        return (tokens.unflatten(1, (added.shape[1], -1)) + added).flatten(1, 2)
+
+    @property
+    def _adds(self) -> bool:
+        return self.config.audio is not None and self.config.audio.kind == "added"
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""
@@ -375,11 +445,20 @@ class JoyAvatarDiT(nn.Module):
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
     def _table(self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], like: Tensor) -> Table:
-        grid = (size[0] // self.config.patch[0], size[1] // self.config.patch[1])
+        grid = self._grid(size)
         before = past.positions if past else ()
         cos, sin = rotary_table((*before, *positions), grid, self.config.head_dim, like.dtype, like.device)
         start = len(before) * math.prod(grid)
-        return Table((cos[start:], sin[start:]), (cos, sin))
+        window = (cos[start:], sin[start:])
+        if past is None or past.reference is None:
+            return Table(window, (cos, sin))
+        between = self.reference_table(past.reference, past.shift, size, like)
+        cos, sin = (torch.cat([t[:start], r, t[start:]]) for t, r in zip((cos, sin), between, strict=True))
+        return Table(window, (cos, sin))
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of tokens in a latent frame of size (h, w)."""
+        return size[0] // self.config.patch[0], size[1] // self.config.patch[1]
 
     def _unpatchify(self, x: Tensor, frames: int, h: int, w: int) -> Tensor:
         """[B, L, (p q c)] -> [B, C, F, h, w]"""

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["latents", "motion"]
+Purpose = Literal["latents", "motion", "reference"]
 
 
 def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose: Purpose = "latents") -> Tensor:
@@ -25,9 +25,19 @@ def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose:
         forward: how many denoising steps that block had before.
         purpose: "latents" for a block's own noise, "motion" for the motion frame before it.
     """
+    generator = torch.Generator().manual_seed(_number(seed, block, forward, purpose) >> 1)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+def integer(seed: int, block: int, forward: int, bounds: tuple[int, int]) -> int:
+    """An evenly drawn integer with least <= it <= most; seed, block and forward as in `gaussian`."""
+    least, most = bounds
+    return least + _number(seed, block, forward, "reference") % (most - least + 1)
+
+
+def _number(seed: int, block: int, forward: int, purpose: Purpose) -> int:
+    """64 bits that belong to the arguments."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed {seed} must lie in 0 .. 2**64 - 1")
     key = struct.pack("<QQQ", seed, block, forward) + purpose.encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")

@@ -7,7 +7,7 @@ code. No torch here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from . import schedule
@@ -38,6 +38,18 @@ class RolloutPolicy:
     rope_limit: URCR's N: temporal indices stay below it; None lets them grow.
     motion_frame: MCI: prepend the last finished latent, noised to the level of the window's first block.
     motion_noise: whether it is noised; without, it stands at timestep 0 (the paper's ablation "w/o add-noise").
+    given_first: OmniAvatar's children: the first latent of the stream is the picture's own, at every step and in what
+        comes out, though its timestep is that of its block.
+    reference_sink: Live Avatar: the picture, run once through the model at timestep 0 before the first block, stays in
+        the cache for ever, beside whatever other sink there is.
+    reference_ahead: (least, most): how many latents it lies after the first latent of the window; where the two differ
+        it is drawn from the run's seed for every forward.
+    reference_floor: its index is never below this one.
+    reference_refresh: AAS: after so many finished blocks it is made again from the first latent of the first block,
+        as generated; None: never.
+    reference_reach: the most that tokens of a still past which the model adds to the picture (motion tokens of
+        Wan2.2-S2V, at negative indices) may lie behind the window, in latents; None: they stay and fall ever further
+        behind.
     """
 
     timesteps: tuple[float, ...] = (1000, 750, 500, 250)
@@ -53,6 +65,13 @@ class RolloutPolicy:
     rope_limit: int | None = 27
     motion_frame: bool = True
     motion_noise: bool = True
+    # newer than the first saved streams, whose identity is a repr: see `newer_options`
+    given_first: bool = field(default=False, repr=False)
+    reference_sink: bool = field(default=False, repr=False)
+    reference_ahead: tuple[int, int] = field(default=(30, 30), repr=False)
+    reference_floor: int = field(default=30, repr=False)
+    reference_refresh: int | None = field(default=None, repr=False)
+    reference_reach: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for problem in _problems(self):
@@ -85,6 +104,19 @@ class RolloutPolicy:
     def first_block(self, window: int) -> int:
         """Oldest block of a window: the number of blocks finished, and committed, before it."""
         return max(0, window - self.window_blocks + 1)
+
+    @property
+    def newer_options(self) -> dict[str, object]:
+        """Options that repr leaves out, by name, where they are not as they were before there were any."""
+        return {f.name: value for f in fields(self) if not f.repr and (value := getattr(self, f.name)) != f.default}
+
+    def reference_position(self, start: int, ahead: int) -> int:
+        """RoPE index of the reference beside a window that starts at index `start` (Live Avatar's rolling RoPE)."""
+        return max(self.reference_floor, start + ahead)
+
+    def reference_shift(self, start: int) -> int:
+        """By how much the tokens of the still past move along with a window that starts at index `start`."""
+        return 0 if self.reference_reach is None else max(0, start - self.reference_reach)
 
     def window_start(self, finished: int) -> int:
         """RoPE index of the window's first latent after `finished` blocks (URCR, engine note 5.1).
@@ -128,13 +160,28 @@ def _problems(p: RolloutPolicy) -> list[str]:
         found.append(f"sink_position {p.sink_position!r}: use adjacent or absolute")
     if p.rope_limit is not None and not p.span_latents <= p.rope_limit:
         found.append(f"rope_limit {p.rope_limit}: must be at least {p.span_latents}, the latents one forward can see")
+    return found + (_reference_problems(p) if p.reference_sink else [])
+
+
+def _reference_problems(p: RolloutPolicy) -> list[str]:
+    found = []
+    least, most = p.reference_ahead
+    if not 0 <= least <= most:
+        found.append(f"reference_ahead {p.reference_ahead}: give (least, most) with 0 <= least <= most")
+    if p.rope_limit is not None:
+        found.append(f"rope_limit {p.rope_limit}: a reference lies ahead of the window, its index grows; use none")
+    for name, least in (("reference_floor", 0), ("reference_refresh", 1), ("reference_reach", 0)):
+        value = getattr(p, name)
+        if value is not None and value < least:
+            found.append(f"{name} {value}: must be at least {least}")
     return found
 
 
 _FLASH = RolloutPolicy()
 POLICIES: dict[str, RolloutPolicy] = {
     "joyavatar-flash": _FLASH,
-    # Window of five, local context of one block (21 latents seen in all), clean re-pass of every finished block.
+    # Window of five, local context of one block (21 latents seen in all), clean re-pass of every finished block. The
+    # release sees more of the past in shorter windows and in that pass: docs/parity.md.
     "rolling-forcing": replace(
         _FLASH,
         timesteps=(1000, 800, 600, 400, 200),
@@ -155,6 +202,63 @@ POLICIES: dict[str, RolloutPolicy] = {
         local_blocks=6,
         rope_limit=None,
         motion_frame=False,
+    ),
+    # As Self-Forcing, with the first block as sink at its own index and attention over 12 latents in all.
+    "longlive": replace(
+        _FLASH,
+        bootstrap=0,
+        window_blocks=1,
+        kv_level="clean",
+        local_blocks=2,
+        sink_position="absolute",
+        rope_limit=None,
+        motion_frame=False,
+    ),
+    # One block at a time over 15 latents in all: the first nine as sink at their own indices, and one block.
+    "livetalk": replace(
+        _FLASH,
+        bootstrap=0,
+        window_blocks=1,
+        kv_level="clean",
+        sink_blocks=3,
+        local_blocks=1,
+        sink_position="absolute",
+        rope_limit=None,
+        motion_frame=False,
+        given_first=True,
+    ),
+    # Rolling windows of four blocks of four latents. The release runs the picture's latent by itself before the first
+    # block and keeps it as sink, and shows two latents of the past: here both are whole blocks, the first of which
+    # begins with the picture's latent.
+    "avatarforcing": replace(
+        _FLASH,
+        timesteps=(1000, 800, 400, 200),
+        bootstrap=0,
+        block_latents=4,
+        kv_level="clean",
+        local_blocks=1,
+        rope_limit=None,
+        motion_frame=False,
+        given_first=True,
+    ),
+    # One block at a time, Euler steps, keys of every step beside those of the same step, the picture as sink. The
+    # timesteps are those of four steps after a warp of 3 that the release applies twice: hence no shift here. The
+    # release draws the reference's place from 4 .. 30 without a seed; 30 is where the base model was trained to find
+    # it, and the one choice that never moves against the window.
+    "live-avatar": replace(
+        _FLASH,
+        timesteps=(1000, 1000 * 223 / 260, 1000 * 56 / 93, 1000 / 112),
+        shift=1.0,
+        bootstrap=0,
+        window_blocks=1,
+        update="euler",
+        kv_level="per_step",
+        sink_blocks=0,
+        local_blocks=3,
+        rope_limit=None,
+        motion_frame=False,
+        reference_sink=True,
+        reference_refresh=4,
     ),
 }
 

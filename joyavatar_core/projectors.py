@@ -1,7 +1,7 @@
 """Projectors: front-end features (audio windows, face embedding, image tokens) to tokens the blocks attend to.
 
-Key names: `proj_model.*` as FantasyTalking's audio projector; `img_emb.*` as Wan2.1 I2V; `face_proj.*` as the
-perceiver resampler of FantasyPortrait and Lynx.
+Key names: `proj_model.*` as FantasyTalking's audio projector; `audio_proj.*` as OmniAvatar's; `img_emb.*` as Wan2.1
+I2V; `face_proj.*` as the perceiver resampler of FantasyPortrait and Lynx.
 
 Shape legend: B batch, F latent frames, W audio tokens of a latent frame, L tokens, C channels, D width.
 """
@@ -56,6 +56,18 @@ class AudioWindowProjector(nn.Module):
         x = nn.functional.silu(self.proj_in(x.flatten(1)))
         x = self.proj_out(x).unflatten(-1, (self.tokens, -1))
         return self.norm(x).unflatten(0, tokens.shape[:-2])
+
+
+class AudioPack(nn.Module):
+    """The frames of a latent as one short vector: [B, F, W, C] -> [B, F, D] (OmniAvatar: 4 frames of 10752 -> 32)."""
+
+    def __init__(self, config: AudioConfig, ops: Any) -> None:
+        super().__init__()
+        self.proj = ops.Linear(config.window * config.features, config.width)
+        self.norm_out = ops.LayerNorm(config.width)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return self.norm_out(self.proj(frames.flatten(-2)))
 
 
 class ImageProjector(nn.Module):

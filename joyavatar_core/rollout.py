@@ -20,19 +20,42 @@ from .audio import AudioTokens
 from .cache import KV, KVCache
 from .conditioning import ImageChannels
 from .geometry import Geometry
-from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past
-from .noise import gaussian
+from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
+from .noise import gaussian, integer
 from .policy import RolloutPolicy
 from .schedule import DenoiseStep, warp
 from .types import StreamTensors, nbytes
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The picture, as latents that a reference sink is made of.
+
+    latent [B, C, 1, h, w]; motion [B, C, n, h, w]: of the picture standing still before the stream begins, for models
+    that are given a past (Wan2.2-S2V).
+    """
+
+    latent: Tensor
+    motion: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Condition:
-    """What is constant in a stream: attention keys and values, and the image-to-video channels."""
+    """What is constant in a stream: attention keys and values, the image-to-video channels, and the reference.
+
+    reference: None where the image-to-video channels hold the picture, or there is none.
+    """
 
     kv: ConditionKV
     image: ImageChannels | None = None
+    reference: Reference | None = None
+
+    @property
+    def picture(self) -> Reference | None:
+        """The reference, from whichever part has it."""
+        if self.reference is None and self.image is not None:
+            return Reference(self.image.picture.unsqueeze(2))
+        return self.reference
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,9 @@ class RolloutState:
     caches: one cache, or one per step for kv_level "per_step".
     noisy: blocks in the window, each at its next level, [B, C, n, h, w].
     motion: last latent of the newest finished block, [B, C, 1, h, w].
+    reference: keys before RoPE and values of the reference sink, each [layers, B, R, heads, D].
+    first: first latent of the stream, until the reference is made again from it, [B, C, 1, h, w].
+    pending: keys and values of the block at hand, by the cache they will go to; empty between windows.
     audio: front-end tokens of the blocks in the window and of the newest finished one.
     audio_kv: keys and values made of them; derived, never saved.
     """
@@ -59,6 +85,9 @@ class RolloutState:
     window: int = 0
     noisy: dict[int, Tensor] = field(default_factory=dict)
     motion: Tensor | None = None
+    reference: KV | None = None
+    first: Tensor | None = None
+    pending: dict[int, list[KV]] = field(default_factory=dict)
     audio: dict[int, AudioTokens] = field(default_factory=dict)
     audio_kv: dict[int, AudioKV] = field(default_factory=dict)
 
@@ -68,6 +97,9 @@ class RolloutState:
         out |= {f"noisy.{block}": t for block, t in self.noisy.items()}
         out |= {f"audio.{block}.tokens": a.tokens for block, a in self.audio.items()}
         out |= {f"audio.{block}.valid": a.valid for block, a in self.audio.items()}
+        if self.reference is not None:
+            out |= {"reference.keys": self.reference[0], "reference.values": self.reference[1]}
+        out |= {} if self.first is None else {"first": self.first}
         return out if self.motion is None else out | {"motion": self.motion}
 
     def nbytes(self) -> int:
@@ -108,11 +140,22 @@ class Rollout:
             raise ValueError(
                 f"geometry has blocks of {self.geometry.block_latents} latents, the policy {self.policy.block_latents}"
             )
+        if (self.policy.reference_sink or self.policy.given_first) and self.condition.picture is None:
+            raise ValueError("the policy needs the picture, and this model is given none: choose another policy")
 
     def start(self) -> RolloutState:
         """A fresh state: empty caches at their final size."""
         count = len(self.policy.timesteps) if self.policy.kv_level == "per_step" else 1
         return RolloutState(tuple(self._cache() for _ in range(count)))
+
+    @property
+    def heads(self) -> int:
+        """Heads whose keys and values are kept here."""
+        return self.model.config.heads
+
+    def ring(self, step: DenoiseStep) -> int:
+        """Which of a state's caches a step reads, and fills when its block leaves."""
+        return step.passes[0] if self.policy.kv_level == "per_step" else 0
 
     def _cache(self) -> KVCache:
         config, policy = self.model.config, self.policy
@@ -120,7 +163,7 @@ class Rollout:
             layers=config.layers,
             batch=self.batch,
             block_tokens=self.geometry.tokens_per_latent * policy.block_latents,
-            heads=config.heads,
+            heads=self.heads,
             head_dim=config.head_dim,
             sink_blocks=policy.sink_blocks,
             local_blocks=policy.local_blocks,
@@ -144,6 +187,10 @@ class Rollout:
                 state.audio[block] = AudioTokens(tensor, tensors[f"audio.{block}.valid"])
         if "motion" in tensors:
             state.motion = tensors["motion"].to(self.device)
+        if self.policy.reference_sink and window:
+            state.reference = (tensors["reference.keys"].to(self.device), tensors["reference.values"].to(self.device))
+            if 0 < committed <= (self.policy.reference_refresh or 0):
+                state.first = tensors["first"].to(self.device)
         return state
 
     def run(self, state: RolloutState, num_blocks: int) -> Iterator[FinishedBlock]:
@@ -156,14 +203,17 @@ class Rollout:
 
         When a forward raises, the state is as it was before the window, which may be run again.
         """
-        before, finished = dict(state.noisy), []
+        before, finished = (dict(state.noisy), state.reference, state.first), []
         try:
+            if self.policy.reference_sink:
+                self._make_reference(state)
             for step in self.policy.window_steps(state.window, num_blocks):
                 clean = self.step(state, step)
                 if clean is not None:
                     finished.append(clean)
         except BaseException:
-            state.noisy = before
+            state.noisy, state.reference, state.first = before
+            state.pending.clear()
             for cache in state.caches:
                 cache.committed = self.policy.first_block(state.window)
             raise
@@ -172,7 +222,7 @@ class Rollout:
 
     def step(self, state: RolloutState, step: DenoiseStep) -> FinishedBlock | None:
         """One forward of the window; state moves to the step's next levels."""
-        x = torch.cat([self._noisy(state, b) for b in step.blocks], dim=2)
+        x = self._given(step, torch.cat([self._noisy(state, b) for b in step.blocks], dim=2))
         here = self._levels(step.timesteps, x)
         v, kv = self._denoise(state, step, x, here)
         x0 = flow.to_x0(x, v, here)
@@ -180,38 +230,58 @@ class Rollout:
             after = flow.euler_step(x, v, here, self._levels(step.next_timesteps, x))
         else:
             after = self._renoise(x0, step)
+        after = self._given(step, after)
         for block, latents in zip(step.blocks, after.split(self.policy.block_latents, dim=2), strict=True):
             state.noisy[block] = latents.clone()
-        if self.policy.kv_level == "per_step":
-            state.caches[step.passes[0]].commit(step.blocks[0], kv)
+        if self.policy.kv_level == "per_step":  # stored when the window is over: a later forward may raise
+            state.pending[self.ring(step)] = [(k.detach(), value.detach()) for k, value in kv]
         return self._finish(state, step.blocks[0], kv) if step.finishes else None
+
+    def _given(self, step: DenoiseStep, x: Tensor) -> Tensor:
+        """Latents of a window with the picture's own in the first place of the stream, where the policy says so."""
+        if not self.policy.given_first or step.blocks[0]:
+            return x
+        picture = self.condition.picture
+        assert picture is not None
+        return torch.cat([picture.latent.to(x), x[:, :, 1:]], dim=2)
 
     def _finish(self, state: RolloutState, block: int, kv: list[KV]) -> FinishedBlock:
         """The oldest block is clean: commit it, make it the motion frame, forget what only it needed."""
-        latents = state.noisy.pop(block)
         if self.policy.kv_level != "per_step":
-            state.caches[0].commit(block, self._kept(state, block, latents, kv))
+            state.caches[0].commit(block, self._kept(state, block, state.noisy[block], kv))
+        latents = self.leave(state, block)
         state.motion = latents[:, :, -1:].detach().clone()
+        if block == 0 and self.policy.reference_sink and self.policy.reference_refresh is not None:
+            state.first = latents[:, :, :1].detach().clone()
+        return FinishedBlock(block, latents)
+
+    def leave(self, state: RolloutState, block: int) -> Tensor:
+        """A block leaves, clean or for the rank of the next step: what its steps here have made of keys and values is
+        committed, what only it needed is forgotten. Returns its latents [B, C, n, h, w].
+        """
+        latents = state.noisy.pop(block)
+        for ring, made in state.pending.items():
+            state.caches[ring].commit(block, made)
+        state.pending.clear()
         for old in [b for b in state.audio if b < block]:
             del state.audio[old]
             state.audio_kv.pop(old, None)
-        return FinishedBlock(block, latents)
+        return latents
 
     def _kept(self, state: RolloutState, block: int, latents: Tensor, kv: list[KV]) -> list[KV]:
         """Keys and values that a clean block leaves behind, `kv` being those of its last forward."""
         if self.policy.kv_level != "clean":
             return kv
-        zero = latents.new_zeros(latents.shape[2])
-        return self._forward(state, latents, zero, [block], self._past(state, block), self._start(block), None)[1]
+        zero, after = latents.new_zeros(latents.shape[2]), 2 * len(self.policy.timesteps)
+        past = self._beside(state, self._past(state, block), block, after)
+        return self._forward(state, latents, zero, [block], past, self._start(block), None)[1]
 
     def _denoise(self, state: RolloutState, step: DenoiseStep, x: Tensor, here: Tensor) -> tuple[Tensor, list[KV]]:
         """Velocity of the window's blocks, and the keys and values of its oldest one."""
         first = step.blocks[0]
-        cache = step.passes[0] if self.policy.kv_level == "per_step" else 0
         motion = self._motion(state, step, here) if self.policy.motion_frame else None
-        v, kv = self._forward(
-            state, x, here, list(step.blocks), self._past(state, first, cache), self._start(first), motion
-        )
+        past = self._beside(state, self._past(state, first, self.ring(step)), first, step.passes[0])
+        v, kv = self._forward(state, x, here, list(step.blocks), past, self._start(first), motion)
         lead = 0 if motion is None else 1
         tokens = self.geometry.tokens_per_latent
         oldest = slice(lead * tokens, (lead + self.policy.block_latents) * tokens)
@@ -257,6 +327,38 @@ class Rollout:
             return None
         starts = (self.policy.context_start(b, first) for b in held.blocks)
         return Past(held, tuple(s + i for s in starts for i in range(self.policy.block_latents)))
+
+    def _make_reference(self, state: RolloutState) -> None:
+        """Run the reference through the model where it is due: the picture at first, later a generated latent (AAS)."""
+        picture, refresh = self.condition.picture, self.policy.reference_refresh
+        due = state.first is not None and self.policy.first_block(state.window) == refresh
+        if state.reference is not None and not due:
+            return
+        assert picture is not None
+        latent = state.first if due and state.first is not None else picture.latent
+        x = latent.to(self.device)
+        if self.condition.image is not None:
+            x = torch.cat([x, self.condition.image.at([0]).to(x)], dim=1)
+        motion = None if picture.motion is None else picture.motion.to(self.device)
+        self.before_forward()
+        with torch.no_grad():
+            made = self.model.prefill(x, self.condition.kv, self.policy.reference_floor, motion)
+        keys, values = zip(*made, strict=True)
+        state.reference = (torch.stack(keys), torch.stack(values))
+        state.first = None if due else state.first
+
+    def _beside(self, state: RolloutState, past: Past | None, first: int, forward: int) -> Past | None:
+        """The past with the reference behind it, at its place in a forward of a window that begins at `first`."""
+        if state.reference is None:
+            return past
+        start = self._start(first)
+        ahead = integer(self._seed(first), first, forward, self.policy.reference_ahead)
+        return Past(
+            WithReference(past.context if past else None, state.reference),
+            past.positions if past else (),
+            self.policy.reference_position(start, ahead),
+            self.policy.reference_shift(start),
+        )
 
     def _start(self, first: int) -> int:
         return self.policy.window_start(first)
@@ -304,5 +406,7 @@ class Rollout:
 
     def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        seed = self.reseed.seed if self.reseed and block in self.reseed.blocks else self.seed
-        return gaussian(seed, block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
+        return gaussian(self._seed(block), block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
+
+    def _seed(self, block: int) -> int:
+        return self.reseed.seed if self.reseed and block in self.reseed.blocks else self.seed

@@ -30,18 +30,24 @@ def rotary_table(
 
     In steady state of URCR the indices repeat, so the last tables are kept.
     """
+    rows, columns = grid
+    return axes_table((positions, tuple(range(rows)), tuple(range(columns))), head_dim, dtype, device)
+
+
+def axes_table(
+    axes: tuple[tuple[int, ...], ...], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of tokens at the given indices of time, height and width, each with each, time outermost."""
     with torch.inference_mode(False):  # a kept table may be used in training later
-        return _table(positions, grid, head_dim, dtype, device)
+        return _table(axes, head_dim, dtype, device)
 
 
 def _table(
-    positions: tuple[int, ...], grid: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+    axes: tuple[tuple[int, ...], ...], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    rows, columns = grid
-    axes = (positions, range(rows), range(columns))
     angles = [_angles(torch.tensor(list(p)), d) for p, d in zip(axes, axis_dims(head_dim), strict=True)]
     time, height, width = (a.reshape(shape) for a, shape in zip(angles, _broadcast(angles), strict=True))
-    full = (len(positions), rows, columns, -1)
+    full = (*(len(p) for p in axes), -1)
     table = torch.cat([t.expand(full) for t in (time, height, width)], dim=-1).flatten(0, 2)
     return table.cos().to(device, dtype), table.sin().to(device, dtype)
 

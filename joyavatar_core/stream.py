@@ -178,17 +178,35 @@ class LatentStream:
         return len(frames) if total is None else min(len(frames), total - frames.start)
 
 
-class FrameStream:
-    """Finished blocks in, pixel frames out; `state` is the decoder's memory, None before the first block."""
+LEAD_LATENTS = 7
 
-    def __init__(self, autoencoder: VideoAutoencoder, state: StreamTensors | None = None) -> None:
-        self.autoencoder, self.state = autoencoder, state
+
+class FrameStream:
+    """Finished blocks in, pixel frames out; `state` is the decoder's memory, None before the first block.
+
+    lead: [B, C, n, h, w] latents of a past that is decoded and thrown away before the first block: of models whose
+        first latent is no picture but goes on from a past (Live Avatar decodes seven of the still picture).
+    extra: pixel frames that the first latent then holds beyond its one.
+    """
+
+    def __init__(
+        self,
+        autoencoder: VideoAutoencoder,
+        state: StreamTensors | None = None,
+        lead: Tensor | None = None,
+        extra: int = 0,
+    ) -> None:
+        self.autoencoder, self.state, self.lead, self.extra = autoencoder, state, lead, extra
 
     def decode(self, block: LatentBlock) -> Tensor:
         """The next block of a stream -> the frames of it that are shown, [B, 3, T, H, W] in [-1, 1]."""
+        state, first = self.state, 0
         with torch.inference_mode():
-            video, self.state = self.autoencoder.decode_stream(block.latents, self.state)
-        return video[:, :, : block.frames]
+            if state is None and self.lead is not None:
+                _, state = self.autoencoder.decode_stream(self.lead.to(block.latents), None)
+                first = self.extra
+            video, self.state = self.autoencoder.decode_stream(block.latents, state)
+        return video[:, :, first : first + block.frames]
 
 
 class AvatarStream:
@@ -198,7 +216,11 @@ class AvatarStream:
     """
 
     def __init__(self, latents: LatentStream, autoencoder: VideoAutoencoder) -> None:
-        self.latents, self.frames = latents, FrameStream(autoencoder, latents.state.decoder)
+        reference = latents.rollout.condition.reference
+        motion = None if reference is None else reference.motion
+        lead = None if motion is None else motion[:, :, :LEAD_LATENTS]
+        extra = latents.rollout.geometry.temporal - 1
+        self.latents, self.frames = latents, FrameStream(autoencoder, latents.state.decoder, lead, extra)
         if isinstance(autoencoder, nn.Module):  # a state belongs to its decoder too
             latents.state.identity = _digest(latents.state.identity.encode(), _sample(autoencoder))
 
@@ -244,10 +266,13 @@ def identity(rollout: Rollout, front_end: AudioFrontEnd) -> str:
     latents may differ between machines, thread counts and precisions: then the identity does too.
     """
     settings = (rollout.policy, rollout.geometry, rollout.seed, rollout.dtype, rollout.batch, rollout.model.config)
+    settings += (newer,) if (newer := rollout.policy.newer_options) else ()
     hearing = (type(front_end).__name__, front_end.channels, front_end.tokens_per_latent)
     image, kv = rollout.condition.image, rollout.condition.kv
     constant = [t for layers in (kv.text, kv.image, kv.face) if layers for t in layers[0]]
     constant += [] if image is None else [image.channels]
+    if (reference := rollout.condition.reference) is not None:
+        constant += [reference.latent, *([] if reference.motion is None else [reference.motion])]
     pictures = (t.float().cpu().numpy().tobytes() for t in constant)
     return _digest(repr((settings, hearing)).encode(), _sample(rollout.model), *pictures)
 

@@ -36,12 +36,12 @@ UNTIL_FINISHED = sys.maxsize
 Layers = Literal["last", "all"]
 
 
-def _tokens_of(samples: int) -> int:
+def tokens_of(samples: int) -> int:
     """Whole tokens in so many samples from the start of the sound; at least one."""
     return max(1, (samples - FIELD) // HOP + 1)
 
 
-def _samples_of(tokens: int) -> int:
+def samples_of(tokens: int) -> int:
     """Samples under the first `tokens` tokens."""
     return HOP * (tokens - 1) + FIELD
 
@@ -201,7 +201,7 @@ class Wav2Vec2Windows(_Wav2Vec2):
         self._check_sizes()
 
     def needs(self, latent_stop: int) -> int:
-        return _samples_of(self._span(self._block(latent_stop - 1)).stop) if latent_stop > 0 else 0
+        return samples_of(self._span(self._block(latent_stop - 1)).stop) if latent_stop > 0 else 0
 
     def keeps(self, latent_start: int) -> int:
         return HOP * self._span(self._block(latent_start)).start
@@ -214,9 +214,9 @@ class Wav2Vec2Windows(_Wav2Vec2):
 
     def _features(self, track: AudioTrack, latent: int) -> AudioTokens:
         span = self._span(self._block(latent))
-        start, stop = HOP * span.start, _samples_of(span.stop)
+        start, stop = HOP * span.start, samples_of(span.stop)
         encoded = self.encoder.encode(track.read(start, stop), min(max(track.end - start, 0), stop - start))
-        window, true_end = self.windows.of(latent), _tokens_of(track.end) if track.finished else span.stop
+        window, true_end = self.windows.of(latent), tokens_of(track.end) if track.finished else span.stop
         first = max(window.start, 0)
         window = range(first, min(window.stop, true_end) if first < true_end else window.stop)
         return _cut(encoded, span.start, [window], self.tokens_per_latent)

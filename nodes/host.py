@@ -6,9 +6,11 @@ Shape legend: B batch, L tokens, H W pixels, T pixel frames, C latent channels, 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,25 +19,31 @@ from torch import Tensor, nn
 
 from ..joyavatar_core import checkpoint
 from ..joyavatar_core.attention import AttentionFn
-from ..joyavatar_core.autoencoder import LightAutoencoder
+from ..joyavatar_core.autoencoder import LightAutoencoder, light_config
 from ..joyavatar_core.avatar import (
     ASSETS,
     EMBEDDED_FILES,
     default_dtype,
     folded,
     load_light_autoencoder,
-    load_model,
+    load_profiled,
+    stored_model,
     wan_vae_of,
 )
 from ..joyavatar_core.config import ModelConfig
+from ..joyavatar_core.families import PROFILES, Profile
+from ..joyavatar_core.known_weights import licence_warning, recognised, where_to_get
+from ..joyavatar_core.model import JoyAvatarDiT
 from ..joyavatar_core.types import VideoAutoencoder
 from ..joyavatar_core.wan_vae import WanVAE
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
+LIGHT_MARK, LIGHT_CHANNELS = "decoder.22.bias", 16  # as the host tells a light autoencoder, and one of Wan2.1
 FP8 = {"fp8_e4m3fn": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GGUF_FOLDER = "unet_gguf"  # of ComfyUI-GGUF: the same folders, other endings
 PRECISIONS = ("auto", *DTYPES, *FP8)
 
 
@@ -65,7 +73,7 @@ class HostAutoencoder:
 class HostModel:
     """A transformer under the host's memory management, and what belongs to it.
 
-    dtype: of the activations. autoencoder: the model's own; None where a VAE must be connected.
+    dtype: of the activations. autoencoder: the model's own; None where a VAE must be connected. profile: the system.
     """
 
     name: str
@@ -73,6 +81,7 @@ class HostModel:
     config: ModelConfig
     dtype: torch.dtype
     autoencoder: HostAutoencoder | None = None
+    profile: Profile = PROFILES["embedded"]
 
 
 class _Wrapper(nn.Module):
@@ -94,28 +103,92 @@ def load_transformer(name: str, precision: str) -> HostModel:
     precision: one of PRECISIONS. With fp8 the large matrices are stored so, and computed in the device's own choice.
     """
     import comfy.model_management as mm
-    import comfy.model_patcher
-    import comfy.ops
-    import folder_paths
 
-    path = ASSETS / EMBEDDED_FILES["model"] if name == EMBEDDED else _file("diffusion_models", name, folder_paths)
+    path = ASSETS / EMBEDDED_FILES["model"] if name == EMBEDDED else Path(_file("diffusion_models", name))
+    if warning := licence_warning(name):
+        logger.warning("%s", warning)
     device = mm.get_torch_device()
     compute = DTYPES.get(precision) or _compute_dtype(device)
-    stored = FP8.get(precision, compute)
-    ops = comfy.ops.pick_operations(stored, compute, load_device=device)
-    model = load_model(path, ops, attention(), compute)
-    _store(model, compute, FP8.get(precision))
+    model, profile = _stored(path, compute, device) or _plain(path, compute, FP8.get(precision), device)
     model.eval().requires_grad_(False)
-    wrapper = _Wrapper(model, compute)
-    patcher = _patcher(wrapper, device, mm.unet_offload_device())
+    patcher = _patcher(_Wrapper(model, compute), device, mm.unet_offload_device())
     own = embedded_autoencoder() if name == EMBEDDED else None
-    return HostModel(name, patcher, model.config, compute, own)
+    return HostModel(name, patcher, model.config, compute, own, profile)
 
 
-def _file(folder: str, name: str, folder_paths: Any) -> str:
-    found = folder_paths.get_full_path(folder, name)
+def transformer_files() -> list[str]:
+    """Names for `load_transformer`: GGUF files too, where the node pack ComfyUI-GGUF is installed."""
+    import folder_paths
+
+    names = folder_paths.get_filename_list("diffusion_models")
+    return [*names, *(folder_paths.get_filename_list(GGUF_FOLDER) if GGUF_FOLDER in _folders() else ())]
+
+
+def _plain(
+    path: Path, compute: torch.dtype, small: torch.dtype | None, device: torch.device
+) -> tuple[JoyAvatarDiT, Profile]:
+    import comfy.ops
+
+    ops = comfy.ops.pick_operations(small or compute, compute, load_device=device)
+    model, profile = load_profiled(path, ops, attention(), compute)
+    _store(model, compute, small)
+    return model, profile
+
+
+def _stored(path: Path, compute: torch.dtype, device: torch.device) -> tuple[JoyAvatarDiT, Profile] | None:
+    """A model whose matrices stay as the file has them, in layers of the host or of ComfyUI-GGUF; None for others."""
+    import comfy.ops
+    import comfy.utils
+
+    if path.suffix == ".gguf":
+        tensors, ops = _gguf(path)
+        return stored_model(tensors, {}, path.name, ops, attention(), compute)
+    if not hasattr(comfy.utils, "convert_old_quants") or not checkpoint.is_scaled(path):
+        return None
+    tensors, metadata = checkpoint.read(path)
+    tensors = checkpoint.translate(tensors, checkpoint.detect_family(tensors))
+    checkpoint.multiplied_out({n: t.to("meta") if t.numel() > 1 else t for n, t in tensors.items()})  # what is refused
+    tensors, _ = comfy.utils.convert_old_quants(tensors, "", metadata)
+    quantised = SimpleNamespace(quant_config=comfy.utils.detect_layer_quantization(tensors, ""))
+    ops = comfy.ops.pick_operations(None, compute, load_device=device, model_config=quantised)
+    return stored_model(tensors, metadata, path.name, ops, attention(), compute, checkpoint.SCALES)
+
+
+def _gguf(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """Tensors of a GGUF file and the layers for them, both of the node pack ComfyUI-GGUF."""
+    known = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # the host's, which is loaded before any pack
+    loader = known.get("UnetLoaderGGUF")
+    package = loader.__module__.rpartition(".")[0] if loader else ""
+    parts = [sys.modules.get(f"{package}.{part}") for part in ("loader", "ops")]
+    if not loader or None in parts:
+        raise checkpoint.CheckpointError(
+            f"{path.name} is GGUF: install the node pack ComfyUI-GGUF, or take a safetensors file"
+        )
+    read, ops = parts[0].gguf_sd_loader, parts[1].GGMLOps  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        tensors = read(str(path))
+        tensors = tensors[0] if isinstance(tensors, tuple) else tensors
+    except (ValueError, OSError) as error:
+        raise checkpoint.CheckpointError(f"{path.name} cannot be read as GGUF ({error}); fetch it again") from error
+    tensors = {n: t.as_subclass(Tensor) if t.dtype.is_floating_point else t for n, t in tensors.items()}  # not packed
+    return checkpoint.translate(tensors, checkpoint.detect_family(tensors)), ops
+
+
+def _folders() -> Any:
+    import folder_paths
+
+    return folder_paths.folder_names_and_paths
+
+
+def _file(folder: str, name: str) -> str:
+    import folder_paths
+
+    folders = [folder, *([GGUF_FOLDER] if folder == "diffusion_models" and GGUF_FOLDER in _folders() else [])]
+    found = next(filter(None, (folder_paths.get_full_path(f, name) for f in folders)), None)
     if not found:
-        raise checkpoint.CheckpointError(f"{name} is not in the folder models/{folder}: put it there and press R")
+        known = recognised(name)
+        hint = f"; {where_to_get(known)}" if known else ""
+        raise checkpoint.CheckpointError(f"{name} is not in the folder models/{folder}: put it there and press R{hint}")
     return found
 
 
@@ -156,17 +229,26 @@ def embedded_autoencoder() -> HostAutoencoder:
 
 
 def autoencoder_of(vae: Any) -> HostAutoencoder:
-    """The weights of a VAE of the host in the engine's own streaming decoder.
+    """The weights of a VAE of the host in the engine's own streaming decoder: Wan2.1's, or TAEHV's or LightTAE's.
 
     The host's decoder streams too, but by inner calls that change from version to version. ValueError for a VAE that
-    is not Wan2.1's.
+    is of another model.
     """
-    tensors = vae.get_sd() if hasattr(vae, "get_sd") else {}
+    tensors = {name: tensor.cpu() for name, tensor in (vae.get_sd() if hasattr(vae, "get_sd") else {}).items()}
     try:
-        module = wan_vae_of({name: tensor.cpu() for name, tensor in tensors.items()}, _autoencoder_ops())
+        module = _light_of(vae, tensors) if LIGHT_MARK in tensors else wan_vae_of(tensors, _autoencoder_ops())
     except checkpoint.CheckpointError as error:
         raise ValueError(f"this VAE cannot be used: {error}. Load wan_2.1_vae.safetensors with Load VAE") from None
     return _managed("the connected VAE", module)
+
+
+def _light_of(vae: Any, tensors: dict[str, Tensor]) -> LightAutoencoder:
+    """A light autoencoder of the host. It keeps no file name; how it scales latents tells LightTAE from TAEHV."""
+    raw = getattr(vae.first_stage_model, "latent_format", None) is None
+    name = "lighttaew2_1" if raw and tensors["decoder.1.weight"].shape[1] == LIGHT_CHANNELS else "taew2_1"
+    with torch.device("meta"):
+        empty = LightAutoencoder(light_config(name, {}, tensors), _autoencoder_ops())
+    return checkpoint.load_into(empty, tensors, "the VAE")
 
 
 def _autoencoder_ops() -> Any:
@@ -192,9 +274,8 @@ def with_lora(model: HostModel, name: str, strength: float) -> HostModel:
     """The model with a LoRA of the folder `loras`; the given one is as before. ValueError for one of another model."""
     import comfy.sd
     import comfy.utils
-    import folder_paths
 
-    path = _file("loras", name, folder_paths)
+    path = _file("loras", name)
     try:
         tensors = comfy.utils.load_torch_file(path, safe_load=True)
     except Exception as error:  # noqa: BLE001 (the host's reader raises all kinds)
@@ -205,7 +286,7 @@ def with_lora(model: HostModel, name: str, strength: float) -> HostModel:
     sizes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
     for key, patches in patcher.patches.items():
         _check_patch(name, model.name, key, patches[-1], sizes)
-    return HostModel(model.name, patcher, model.config, model.dtype, model.autoencoder)
+    return replace(model, patcher=patcher)
 
 
 def _check_patch(lora: str, model: str, key: str, patch: Any, sizes: dict[str, tuple[int, ...]]) -> None:
@@ -277,7 +358,7 @@ class HearingEncoder:
         layers = getattr(getattr(encoder.model, "encoder", None), "layers", None)
         if layers is None or not hasattr(encoder.model, "feature_projection"):
             raise ValueError("this AUDIO_ENCODER is not wav2vec2: load a wav2vec2 file with Audio Encoder Loader")
-        self.encoder, self.patcher = encoder, encoder.patcher
+        self.source, self.patcher = encoder, encoder.patcher
         self.dtype = torch.float32
         self.config = SimpleNamespace(
             hidden_size=encoder.model.encoder.layer_norm.weight.shape[0],
@@ -289,12 +370,26 @@ class HearingEncoder:
 
     @property
     def device(self) -> torch.device:
-        return self.encoder.load_device
+        return self.source.load_device
 
     def eval(self) -> HearingEncoder:
         return self
 
     def __call__(self, samples: Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
         """samples [B, n] -> last_hidden_state [B, L, D], hidden_states of every layer."""
-        last, layers = self.encoder.model(samples[:, None])
+        last, layers = self.source.model(samples[:, None])
         return SimpleNamespace(last_hidden_state=last, hidden_states=layers)
+
+    # the parts, for those that hear at the frame rate (wav2vec_frames)
+
+    def feature_extractor(self, samples: Tensor) -> Tensor:
+        """samples [B, n] -> [B, C, L], as transformers has it."""
+        return self.source.model.feature_extractor(samples).transpose(1, 2)
+
+    @property
+    def feature_projection(self) -> nn.Module:
+        return self.source.model.feature_projection
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.source.model.encoder

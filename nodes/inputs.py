@@ -16,6 +16,7 @@ from torch import Tensor
 from ..joyavatar_core import samples
 from ..joyavatar_core.audio import HIGHEST_RATE, LOWEST_RATE
 from ..joyavatar_core.avatar import Encoded
+from ..joyavatar_core.media.face import unit
 from . import host
 from . import streams as values
 from .sockets import CATEGORY, Reference, Voice
@@ -322,11 +323,10 @@ def _region(picture: np.ndarray, x: int, y: int, width: int, height: int) -> tup
 
 
 def _face(embedding: Any) -> Tensor:
-    """512 numbers of any kind as [1, 512]."""
+    """512 numbers of any kind as [1, 512], of length one."""
+    numbers = getattr(embedding, "normed_embedding", embedding)
     try:
-        face = torch.as_tensor(getattr(embedding, "normed_embedding", embedding)).float().cpu().reshape(1, -1)
+        numbers = torch.as_tensor(numbers).float().cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the face embedding is {type(embedding).__name__}: 512 numbers are needed") from error
-    if face.shape[1] != 512:
-        raise ValueError(f"the face embedding has {face.shape[1]} numbers: 512 are needed")
-    return face
+    return torch.from_numpy(unit(numbers, "the face embedding"))[None]

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..joyavatar_core.known_weights import licence_tooltip
 from . import host
 from .sockets import CATEGORY, Model
 
@@ -13,8 +14,6 @@ from .sockets import CATEGORY, Model
 class LoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        import folder_paths
-
         return io.Schema(
             node_id="JoyAvatarLoadModel",
             display_name="JoyAvatar Load Model",
@@ -24,8 +23,9 @@ class LoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model",
-                    options=[host.EMBEDDED, *folder_paths.get_filename_list("diffusion_models")],
-                    tooltip="embedded: drawn avatars, in the pack. Others: files in models/diffusion_models.",
+                    options=[host.EMBEDDED, *host.transformer_files()],
+                    tooltip="embedded: drawn avatars, in the pack. Others: files in models/diffusion_models.\n"
+                    + licence_tooltip(),
                 ),
                 io.Combo.Input(
                     "dtype",

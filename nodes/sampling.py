@@ -13,6 +13,7 @@ from . import host
 from .sockets import CATEGORY, Frames, Latents, Model, Reference, Voice
 from .streams import FramePlan, LatentPlan
 
+AS_MODEL = "auto"
 AS_POLICY = "policy"
 SWITCH = [AS_POLICY, "on", "off"]
 
@@ -41,8 +42,8 @@ class StreamingSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "policy",
-                    options=list(policies.POLICIES),
-                    tooltip="How blocks follow each other. Use the one that the model was trained with.",
+                    options=[AS_MODEL, *policies.POLICIES],
+                    tooltip="How blocks follow each other. auto: the way the model was trained.",
                 ),
                 *_advanced(),
             ],
@@ -51,7 +52,8 @@ class StreamingSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, reference: Any, voice: Any, seed: int, policy: str, **options: Any) -> io.NodeOutput:
-        plan = LatentPlan(model, reference, voice, policy_of(policy, **options), seed)
+        chosen = model.profile.policy if policy == AS_MODEL else policy
+        plan = LatentPlan(model, reference, voice, policy_of(chosen, **options), seed)
         plan.check()
         return io.NodeOutput(plan)
 

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from ..joyavatar_core.audio import AudioFrontEnd, LogMel
 from ..joyavatar_core.avatar import Avatar, Encoded, takes_reference_tokens
+from ..joyavatar_core.config import AudioConfig
 from ..joyavatar_core.estimate import Estimate, estimate
+from ..joyavatar_core.families import hearing
 from ..joyavatar_core.generate import FrameSink, from_uint8, to_uint8
 from ..joyavatar_core.geometry import Geometry
 from ..joyavatar_core.policy import RolloutPolicy
@@ -33,6 +35,11 @@ from .host import HostAutoencoder, HostModel
 PIECE_SECONDS = 1
 FULL_SIZES = ((512, 512), (480, 832), (832, 480))
 EMBEDDED_SIZES = ((256, 256), (192, 320), (320, 192))
+OTHER_HEARING = {
+    "wav2vec2-frames": (2, "wav2vec2-base-960h, a base model"),
+    "wav2vec2-s2v": (1, "wav2vec2_large_english_fp16.safetensors"),
+}
+"""Hearing that takes all hidden states, and how many more of them than the encoder has layers; what to load for it."""
 HINT = "lower the size, local_blocks or steps, choose dtype fp8, or start ComfyUI with --lowvram"
 
 
@@ -123,6 +130,7 @@ class LatentPlan:
         return Geometry(
             width,
             height,
+            self.model.profile.fps,
             block_latents=self.policy.block_latents,
             spatial=self.autoencoder.patcher.model.spatial,
             patch=self.model.config.patch,
@@ -172,6 +180,10 @@ class LatentPlan:
                 f"{self.model.name} listens through wav2vec2: connect Audio Encoder Loader to the Audio Encoder node"
             )
         config = self.voice.encoder.config
+        if kind := OTHER_HEARING.get(hearing(self.model.config)):
+            states, remedy = kind
+            _check_width(self.model.name, config.hidden_size * (config.num_hidden_layers + states), audio, remedy)
+            return
         channels = config.hidden_size * (config.num_hidden_layers + 1 if self.voice.layers == "all" else 1)
         if channels != audio.features:
             raise ValueError(
@@ -207,8 +219,16 @@ class LatentPlan:
         audio = self.model.config.audio
         if audio is None or audio.kind == "window" or self.voice.encoder is None:
             return LogMel(geometry)
+        from ..joyavatar_core.s2v_audio import S2VFrames
         from ..joyavatar_core.wav2vec import Wav2Vec2Windows
+        from ..joyavatar_core.wav2vec_frames import Wav2Vec2Frames
 
+        kind = hearing(self.model.config)
+        if kind == "wav2vec2-frames":
+            delay = self.model.profile.audio_delay
+            return Wav2Vec2Frames(self.voice.encoder, geometry, self.voice.history, delay=delay)  # pyright: ignore
+        if kind == "wav2vec2-s2v":
+            return S2VFrames(self.voice.encoder, geometry, self.voice.history)  # pyright: ignore
         layers: Any = self.voice.layers
         return Wav2Vec2Windows(self.voice.encoder, geometry, self.voice.history, layers=layers)  # pyright: ignore
 
@@ -216,6 +236,11 @@ class LatentPlan:
         """The blocks of a fresh run."""
         with self.run() as stream:
             yield from spoken(stream.latents, self.voice)
+
+
+def _check_width(name: str, channels: int, audio: AudioConfig, remedy: str) -> None:
+    if channels != audio.features:
+        raise ValueError(f"the audio encoder gives {channels} channels, {name} takes {audio.features}: load {remedy}")
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,6 @@ def roll(rollout: Rollout, blocks: int, state: RolloutState | None = None) -> to
     out = []
     while state.window < rollout.policy.num_windows(blocks):
         if state.window < blocks:
-            state.audio[state.window] = audio_tokens(state.window)
+            state.audio[state.window] = audio_tokens(state.window, rollout.policy.block_latents)
         out += [done.latents for done in rollout.run_window(state, blocks)]
     return torch.cat(out, dim=2)

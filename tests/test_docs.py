@@ -21,11 +21,11 @@ from PIL import Image
 from torch import nn
 
 from joyavatar_core.autoencoder import AUTOENCODERS, LightAutoencoder
+from joyavatar_core.avatar import build_model
 from joyavatar_core.checkpoint import TRANSLATIONS
 from joyavatar_core.cli.main import build_parser
 from joyavatar_core.cli.train import STAGES, stage_parser
 from joyavatar_core.config import MODELS, ModelConfig
-from joyavatar_core.model import JoyAvatarDiT
 from joyavatar_core.wan_vae import WanVAE, WanVAEConfig
 
 from .test_cli import write_sound
@@ -206,7 +206,7 @@ def on_meta(make, *args: object) -> nn.Module:
 
 def expand(pattern: str, counts: dict[str, int]) -> Iterator[str]:
     """`{a,b}` and the counters of a pattern, multiplied out."""
-    parts = re.split(r"(\{[^}]*\}|(?<=\.)[NM](?=\.))", pattern)
+    parts = re.split(r"(\{[^}]*\}|(?<=\.)[NMJI](?=\.))", pattern)
     choices = [
         p[1:-1].split(",") if p.startswith("{") else map(str, range(counts[p])) if p in counts else [p] for p in parts
     ]
@@ -233,7 +233,10 @@ def compare(documented: dict[str, tuple[int, ...] | None], module: nn.Module) ->
 
 
 def sections_of(c: ModelConfig) -> list[str]:
-    audio = ["audio", f"audio-{c.audio.kind}"] if c.audio else []
+    audio = [f"audio-{c.audio.kind}"] if c.audio and not c.s2v else []
+    if c.audio and c.audio.kind in ("tokens", "window"):
+        audio.insert(0, "audio")
+    audio += ["s2v"] if c.s2v else []
     return ["base", *["text"][: c.text_dim], *["image"][: c.image_dim], *audio, *(["face"] if c.face else [])]
 
 
@@ -243,6 +246,8 @@ def symbols_of(c: ModelConfig) -> dict[str, int]:
     if c.audio:
         s |= {"A": c.audio.features, "W": c.audio.width, "K": c.audio.window, "n": c.audio.tokens}
         s |= {"H": c.audio.hidden, "G": c.audio.features // c.audio.columns, "S": c.audio.channels}
+    if c.s2v and c.audio:
+        s |= {"O": c.s2v.audio_layers, "U": c.audio.features // c.s2v.audio_layers}
     if c.face:
         s |= {"E": c.face.features, "R": c.face.dim, "Q": c.face.queries, "Y": c.face.width}
     return s
@@ -252,8 +257,10 @@ def symbols_of(c: ModelConfig) -> dict[str, int]:
 def test_transformer_keys(name: str) -> None:
     config = MODELS[name]
     counts = {"N": config.layers, "M": config.face.depth if config.face else 0}
+    counts["I"] = len(config.audio_layers)
+    counts["J"] = len(config.s2v.inject_layers) if config.s2v else 0
     parts = [listed(section, counts, symbols_of(config)) for section in sections_of(config)]
-    compare({k: shape for part in parts for k, shape in part.items()}, on_meta(JoyAvatarDiT, config))
+    compare({k: shape for part in parts for k, shape in part.items()}, on_meta(build_model, config))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +280,7 @@ def test_counts() -> None:
     """Every row `name | tensors | parameters`, in the order of the document: transformers, then autoencoders."""
     table = [(r[0].strip("`"), r[1], r[2]) for r in rows(KEYS) if len(r) == 4 and r[1].isdigit()]
     modules = [
-        *((n, lambda c=c: JoyAvatarDiT(c)) for n, c in MODELS.items()),
+        *((n, lambda c=c: build_model(c)) for n, c in MODELS.items()),
         ("wan-vae", lambda: WanVAE(WanVAEConfig())),
     ]
     modules += [(n, lambda c=c: LightAutoencoder(c)) for n, c in AUTOENCODERS.items()]
@@ -287,7 +294,7 @@ def test_counts() -> None:
 def test_face_resampler_count() -> None:
     sizes = [
         p.numel()
-        for n, p in on_meta(JoyAvatarDiT, MODELS["flash-1.3b"]).named_parameters()
+        for n, p in on_meta(build_model, MODELS["flash-1.3b"]).named_parameters()
         if n.startswith("face_proj.")
     ]
     assert f"{len(sizes)} tensors and {sum(sizes):,} parameters" in text_of(KEYS)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from joyavatar_core import checkpoint
 from joyavatar_core.autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
-from joyavatar_core.avatar import detect_config, detect_vae_config, load_autoencoder
+from joyavatar_core.avatar import build_model, detect_config, detect_vae_config, load_autoencoder
 from joyavatar_core.cli import full_size
 from joyavatar_core.cli.main import build_parser, main
 from joyavatar_core.config import MODELS, AudioConfig, FaceConfig, ModelConfig
@@ -333,7 +333,7 @@ def test_vae_widths_are_detected(config: WanVAEConfig) -> None:
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "tiny"])
 def test_model_sizes_are_detected(name: str) -> None:
     with torch.device("meta"):
-        tensors = JoyAvatarDiT(MODELS[name]).state_dict()
+        tensors = build_model(MODELS[name]).state_dict()
     found = detect_config(tensors)
     assert found == MODELS[name]
 

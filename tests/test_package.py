@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from joyavatar_core import checkpoint
 from joyavatar_core.avatar import ASSETS, EMBEDDED_FILES, load_light_autoencoder, load_model
@@ -38,3 +39,18 @@ def test_what_is_in_the_package_keeps_the_limits_and_says_where_it_comes_from():
         _, metadata = checkpoint.read(path)
         told = " ".join(metadata.values())
         assert all(word in told for word in ("steps", "seed", "minutes")), path.name
+
+
+def test_a_blend_lies_between_student_and_teacher(tmp_path: Path):
+    kinds = {"student": 2.0, "teacher": 1.0}
+    for name, value in kinds.items():
+        checkpoint.write(tmp_path / f"{name}.safetensors", {"a": torch.full((3,), value)}, {"recipe": name})
+    student, teacher, out = (tmp_path / f"{name}.safetensors" for name in (*kinds, "out"))
+    tensors, metadata = checkpoint.read(package.blend(student, teacher, 0.75, out))
+    assert tensors["a"].tolist() == [1.75] * 3
+    assert metadata["recipe"] == "student" and '"share": 0.75' in metadata["blend"]
+    checkpoint.write(teacher, {"a": torch.ones(4)}, {})
+    with pytest.raises(checkpoint.CheckpointError, match="other tensors than student"):
+        package.blend(student, teacher, 0.5, out)
+    with pytest.raises(ValueError, match="share 2"):
+        package.blend(student, teacher, 2, out)

@@ -126,7 +126,7 @@ def test_every_policy_is_deterministic_and_bounded(name: str) -> None:
     state = rollout.start()
     sizes = []
     for window in range(24):
-        state.audio[window] = audio_tokens(window)
+        state.audio[window] = audio_tokens(window, rollout.policy.block_latents)
         with torch.no_grad():
             rollout.run_window(state)
         sizes.append(state.nbytes())

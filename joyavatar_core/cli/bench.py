@@ -1,246 +1,190 @@
 """`joyavatar bench`: speed and memory of this machine, end to end and by part; the last line is JSON.
 
 End to end is what `generate` does, sound to finished file. The baseline is `plain.py` with the same weights, threads
-and precision, as many frames out.
+and precision, as many frames out. `--plan` measures nothing: what runs on cards of several sizes, and how.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+import platform
+from collections.abc import Mapping
+from typing import Any, cast
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ..audio import AudioTrack
-from ..autoencoder import LightAutoencoder
-from ..avatar import Avatar, load_embedded, random_embedded
-from ..conditioning import reference_tokens
-from ..generate import generate, to_uint8
-from ..media.writer import VideoWriter
-from ..noise import gaussian
-from ..plain import PlainRollout, plain_decode
-from ..policy import RolloutPolicy
-from ..stream import AvatarStream
-from .options import dtype_of, size_of
+from ..avatar import default_dtype
+from ..bench import ceilings, measure, plan, subject, timing
+from ..config import MODELS
+from ..model import Block
+from .options import device_of, dtype_of, size_of
 
-RATE = 16000
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is measured: a system, a picture [1, 3, H, W], blocks to make."""
-
-    avatar: Avatar
-    picture: Tensor
-    blocks: int
-    policy: RolloutPolicy = field(default_factory=RolloutPolicy)
-
-    def stream(self) -> AvatarStream:
-        return self.avatar.stream(self.picture, self.policy, seed=0)
-
-    @property
-    def frames(self) -> int:
-        geometry = self.avatar.geometry((self.picture.shape[3], self.picture.shape[2]), self.policy)
-        return geometry.frames_of_block(self.blocks - 1).stop
+_FRAMES_OF_SECOND = 16  # of a video in real time
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print."""
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads {args.threads} must be at least 1")
+    """Measure, or plan, and print."""
+    device = torch.device(device_of(args.device))
+    if args.plan:
+        return _plan(args, device)
+    _check(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not 8 <= args.blocks <= 20_000:
-        raise ValueError(f"--blocks {args.blocks} must lie in 8 .. 20000")
-    width, height = size_of(args.size)
-    make = random_embedded if args.random else load_embedded
-    avatar = make(dtype=dtype_of(args.dtype))
-    picture = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    setup = Setup(avatar, torch.nn.functional.avg_pool2d(picture, 9, 1, 4), args.blocks)
-    figures: dict[str, object] = {
-        "config": args.config,
-        "size": args.size,
-        "threads": torch.get_num_threads(),
-        "dtype": str(avatar.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "frames": setup.frames,
-    }
-    figures |= parts(setup) | end_to_end(setup)
-    if args.soak:
-        figures |= soak(setup)
-    if args.baseline:
-        figures["baseline_end_to_end_fps"] = plain_end_to_end(setup)
-        figures["speedup"] = round(float(str(figures["end_to_end_fps"])) / figures["baseline_end_to_end_fps"], 2)
-    figures["peak_rss_mb"] = round(peak_rss_mb(), 1)
+    setup = _setup(args, device)
+    figures = _machine(args, setup) | figures_of(setup, args.wan_vae, args.baseline, args.soak)
     if not args.json:
-        for name, value in figures.items():
-            print(f"{name:24s} {value}")
+        print("\n".join(_lines(figures)))
     print(json.dumps(figures))
     return 0
 
 
-def parts(setup: Setup) -> dict[str, float]:
-    """Frames a second of each part alone, in steady state."""
-    stream = setup.stream()
-    blocks = _blocks(setup, stream)
-    finished = [next(blocks) for _ in range(8)]
-    rollout, state = stream.latents.rollout, stream.state
-    track = AudioTrack()
-    track.push(_sound(30.0), RATE)
-    frames = len(rollout.geometry.frames_of_block(1))
-    video, decoder = setup.avatar.autoencoder.decode_stream(finished[1].to(setup.avatar.dtype), None)
-
-    def denoise() -> None:
-        state.rollout.audio[state.rollout.window] = state.rollout.audio[state.rollout.window - 1]
-        rollout.run_window(state.rollout)
-
-    latents = finished[1].to(setup.avatar.dtype)
-    latent_range = rollout.geometry.latents_of_block(6)
-    return {
-        "dit_fps": round(frames / _median(denoise), 1),
-        "decode_fps": round(frames / _median(lambda: setup.avatar.autoencoder.decode_stream(latents, decoder)), 1),
-        "features_fps": round(frames / _median(lambda: stream.latents.front_end.features(track, latent_range)), 1),
-        "write_fps": _write_fps(setup, to_uint8(video)),
-    }
-
-
-def end_to_end(setup: Setup) -> dict[str, float]:
-    """Sound to finished file: all frames over all seconds, and the time to the first frame."""
-    stream = setup.stream()
-    sound = _sound(setup.frames / float(setup.avatar.fps))
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        stream = setup.stream()
-        with _writer(setup, Path(folder)) as writer:
-            progress = generate(stream, _chunks(sound), lambda _: writer)
-        seconds = time.perf_counter() - start
-    assert progress.frames == setup.frames, (progress.frames, setup.frames)
-    return {
-        "end_to_end_fps": round(progress.frames / seconds, 2),
-        "first_frame_s": round((progress.first_frame_s or 0) + (seconds - progress.seconds), 3),
-        "state_mb": round(stream.state.nbytes() / 1e6, 2),
-    }
-
-
-def plain_end_to_end(setup: Setup) -> float:
-    """Frames a second of the plain way: features, rollout with a clean pass, decode and encode at the end."""
+def figures_of(
+    setup: subject.Setup,
+    wan_vae: bool = False,
+    baseline: bool = False,
+    soak: int | None = None,
+    sizes: ceilings.Sizes | None = None,
+) -> dict[str, Any]:
+    """All that is measured of a system. sizes: of what the ceilings are measured with."""
     avatar = setup.avatar
-    stream = setup.stream()
-    rollout = stream.latents.rollout
-    sound = _sound(setup.frames / float(avatar.fps))
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        start = time.perf_counter()
-        condition = avatar.condition(setup.picture)
-        assert condition.image is not None
-        track = AudioTrack()
-        track.push(sound, RATE)
-        track.finish()
-        latents = rollout.geometry.latents_of_frames(setup.frames)
-        plain = PlainRollout(
-            avatar.model,
-            condition.image.channels,
-            reference_tokens(condition.image.picture, avatar.model.config.patch),
-            stream.latents.front_end.features(track, range(latents)).tokens,
-            lambda block, forward, shape, purpose: gaussian(0, block, forward, shape, purpose),  # pyright: ignore
-        )
-        clip = plain.run(setup.blocks)
-        video = plain_decode(_unfolded(avatar), clip.to(avatar.dtype))
-        with _writer(setup, Path(folder)) as writer:
-            writer.write_audio(sound[None].numpy())
-            writer.write(to_uint8(video))
-        return round(video.shape[2] / (time.perf_counter() - start), 2)
+    config, attention = avatar.model.config, cast(Block, avatar.model.blocks[0]).self_attn.attention
+    best = ceilings.measure(avatar.device, avatar.dtype, config.heads, config.head_dim, sizes, attention)
+    figures: dict[str, Any] = {"ceilings": _rates(best)} | measure.transformer(setup, best)
+    figures["decode"] = {"light": measure.decoder(setup, avatar.autoencoder)}
+    figures["decode_fps"] = figures["decode"]["light"]["fps"]
+    if wan_vae:
+        figures["decode"]["wan"] = measure.decoder(setup, subject.random_wan(avatar.device, avatar.dtype))
+    figures["features_fps"] = measure.features(setup)
+    figures["write_fps"] = measure.writing(setup)
+    figures |= measure.end_to_end(setup)
+    if soak:
+        figures["soak"] = measure.soak(setup, soak)
+    if baseline:
+        figures |= measure.plain_transformer(setup)
+        if config.audio is not None and config.audio.kind == "window":  # it has neither wav2vec2 nor text
+            figures["baseline_end_to_end_fps"] = measure.plain_end_to_end(setup)
+            figures["speedup"] = round(figures["end_to_end_fps"] / figures["baseline_end_to_end_fps"], 2)
+    if (resident := timing.peak_resident_bytes()) is not None:
+        figures["peak_rss_mb"] = round(resident / 1e6, 1)
+    return figures
 
 
-def soak(setup: Setup) -> dict[str, float]:
-    """Median seconds of a block (rollout and decode) among blocks 10-110 and 10,000-10,100 of one stream."""
-    stream = setup.stream()
-    times = {"early": [], "late": []}
-    last = time.perf_counter()
-    for i, latents in enumerate(_blocks(setup, stream, endless=True)):
-        _, stream.state.decoder = setup.avatar.autoencoder.decode_stream(
-            latents.to(setup.avatar.dtype), stream.state.decoder
-        )
-        now = time.perf_counter()
-        if 10 <= i < 110:
-            times["early"].append(now - last)
-        if 10_000 <= i < 10_100:
-            times["late"].append(now - last)
-        last = now
-        if i == 10_100:
-            break
-    early, late = statistics.median(times["early"]), statistics.median(times["late"])
-    return {"block_s_10_110": early, "block_s_10000_10100": late, "late_over_early": late / early}
+def _check(args: argparse.Namespace) -> None:
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads {args.threads} must be at least 1")
+    if not 8 <= args.blocks <= 20_000:
+        raise ValueError(f"--blocks {args.blocks} must lie in 8 .. 20000")
+    if args.soak is not None and not 210 <= args.soak <= 1_000_000:
+        raise ValueError(f"--soak {args.soak} must lie in 210 .. 1000000: the first and the last hundred blocks")
+    if args.wan_vae and args.config == "tiny":
+        raise ValueError("--wan-vae: the embedded model's latents have a decoder of their own; take another --config")
 
 
-def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far; not a number where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return float("nan")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)
+def _setup(args: argparse.Namespace, device: torch.device) -> subject.Setup:
+    size = size_of(args.size) if args.size else subject.SIZES[args.config]
+    dtype = dtype_of(args.dtype) or default_dtype(device)
+    if args.config == "tiny":
+        return subject.embedded_setup(args.random, size, device, dtype, args.blocks)
+    return subject.random_setup(MODELS[args.config], size, device, dtype, args.blocks)
 
 
-def _blocks(setup: Setup, stream: AvatarStream, endless: bool = False) -> Iterator[Tensor]:
-    """Finished latents of a stream fed second by second."""
-    second = 0
-    sound = _sound(60.0)
-    while endless or second < 60:
-        start = second % 59 * RATE
-        for block in stream.latents.feed(sound[start : start + RATE], RATE):
-            yield block.latents
-        second += 1
+def _machine(args: argparse.Namespace, setup: subject.Setup) -> dict[str, Any]:
+    device, geometry = setup.avatar.device, setup.geometry
+    random = args.random or args.config != "tiny"
+    config = setup.avatar.model.config
+    parts = {"text": config.text_len, "image": subject.CLIP_TOKENS if config.text_dim else geometry.tokens_per_latent}
+    return {
+        "config": args.config,
+        "size": f"{geometry.width}x{geometry.height}",
+        "weights": "random (speed does not depend on them)" if random else "embedded",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(setup.avatar.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "frames": setup.frames,
+        "latents": {
+            "query": setup.policy.window_blocks * setup.policy.block_latents + setup.policy.motion_frame,
+            "key": setup.policy.span_latents + setup.policy.motion_frame,
+        },
+        "keys": {
+            **parts,
+            "audio": subject.audio_tokens(config, geometry),
+            "face": config.face.queries if config.face else 0,
+        },
+        **({"stands_in": setup.hears} if setup.hears else {}),
+    }
 
 
-def _sound(seconds: float) -> Tensor:
-    """Noise with the rhythm of speech: float32 [m] at 16 kHz."""
-    samples = round(seconds * RATE)
-    rhythm = torch.sin(torch.arange(samples) / RATE * 8 * torch.pi).clamp(min=0)
-    return torch.randn(samples, generator=torch.Generator().manual_seed(1)) * 0.1 * rhythm
+def _rates(best: ceilings.Ceilings) -> dict[str, Any]:
+    return {
+        "linear_tflops": round(best.linear / 1e12, 3),
+        "attention_tflops": round(best.attention / 1e12, 3),
+        "attentions_tflops": {name: round(rate / 1e12, 3) for name, rate in best.attentions.items()},
+        "copy_gbytes": round(best.memory / 1e9, 2),
+        "sizes": vars(best.sizes),
+    }
 
 
-def _chunks(sound: Tensor) -> Iterator[tuple[np.ndarray, int]]:
-    for piece in sound[None].split(RATE, dim=1):
-        yield piece.numpy(), RATE
+def _lines(figures: Mapping[str, Any], indent: str = "") -> list[str]:
+    """A figure a line; figures of figures below their name."""
+    lines = []
+    for name, value in figures.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{name}", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name:{26 - len(indent)}s} {_shown(name, value)}")
+    return lines
 
 
-def _writer(setup: Setup, folder: Path) -> VideoWriter:
-    height, width = setup.picture.shape[2:]
-    return VideoWriter(
-        folder / "bench.mp4", width, height, source_fps=setup.avatar.fps, audio_rate=RATE, audio_channels=1, settings={}
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, float) and name.endswith("_s"):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# The plan
+
+
+def _plan(args: argparse.Namespace, device: torch.device) -> int:
+    """What runs where; with a CUDA device, tried."""
+    rows = plan.plan(device=device if device.type == "cuda" else None)
+    if not args.json:
+        print("\n".join(_table(rows)))
+    print(json.dumps({"plan": [row.as_json() for row in rows]}))
+    return 0
+
+
+def _table(rows: list[plan.Row]) -> list[str]:
+    """Memory in GiB; work of 12 frames in TFLOP, and what must be sustained for real time in TFLOP/s."""
+    head = (
+        "card",
+        "config",
+        "size",
+        "weights",
+        "decoder",
+        "peak",
+        "of it",
+        "kv",
+        "state",
+        "activations",
+        "work",
+        "rate",
     )
-
-
-def _write_fps(setup: Setup, frames: np.ndarray, repeats: int = 20) -> float:
-    with tempfile.TemporaryDirectory() as folder, _writer(setup, Path(folder)) as writer:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            writer.write(frames)
-        return round(repeats * len(frames) / (time.perf_counter() - start), 1)
-
-
-def _unfolded(avatar: Avatar) -> LightAutoencoder:
-    """The decoder as it is trained: the same weights, not folded."""
-    assert isinstance(avatar.autoencoder, LightAutoencoder) and avatar.autoencoder.original is not None
-    return avatar.autoencoder.original.to(memory_format=torch.contiguous_format)  # pyright: ignore
-
-
-@torch.inference_mode()
-def _median(call: Callable[[], object], repeats: int = 15) -> float:
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    form = "{:>5} {:11} {:8} {:8} {:8} {:>6} {:>9} {:>6} {:>6} {:>12} {:>7} {:>6}  {}"
+    lines = [form.format(*head, "how")]
+    for row in rows:
+        need, way = row.need, row.arrangement
+        shown = (way.weights, way.decoder) if way else ("no", "")
+        parts = [f"{size / plan.GIB:.1f}" for size in (need.peak, need.weights, need.kv, need.state, need.activations)]
+        work = (f"{row.flops / 1e12:.3g}", f"{row.real_time / 1e12:.3g}")
+        note = row.checked if way else "does not fit: the leanest way needs this much"
+        if row.brought:
+            note += f"; {row.brought / 1e9:.1f} GB from the host a forward"
+        lines.append(form.format(row.card, row.config, "x".join(map(str, row.size)), *shown, *parts, *work, note))
+    lines.append(
+        f"Memory in GiB. A card is taken to give {plan.usable(24) / plan.GIB:.1f} of 24 GiB. work: TFLOP of "
+        f"12 frames; rate: TFLOP/s to sustain for {_FRAMES_OF_SECOND} frames a second. Computed: from shapes, without "
+        "workspaces of libraries. Text and image encoders run before and are not counted."
+    )
+    return lines

@@ -30,14 +30,18 @@ from ..avatar import (
     FrontEndMaker,
     default_dtype,
     load_autoencoder,
-    load_model,
+    load_profiled,
     takes_reference_tokens,
 )
 from ..config import MODELS, AudioConfig, ModelConfig
+from ..families import Profile, hearing
+from ..known_weights import licence_warning
 from ..media.face import face_of_file
 from ..media.picture import fit_picture
+from ..s2v_audio import S2VFrames, S2VFramesWhole
 from ..types import VideoAutoencoder
 from ..wav2vec import Layers, Wav2Vec2Whole, Wav2Vec2Windows, load_wav2vec2
+from ..wav2vec_frames import Wav2Vec2Frames, Wav2Vec2FramesWhole
 from .options import size_of
 
 logger = logging.getLogger(__name__)
@@ -62,14 +66,23 @@ def load_full_size(
     """
     place = torch.device(device)
     dtype = dtype or default_dtype(place)
-    model = load_model(model_files(args.model))
+    files = model_files(args.model)
+    if warning := " ".join(dict.fromkeys(filter(None, map(licence_warning, files)))):
+        logger.warning("%s", warning)
+    model, profile = load_profiled(files)
     _check_options(args, model.config)
-    autoencoder = _autoencoder(args.vae, model.config, place, dtype)
-    front_end = _front_end(args.audio_encoder, args.whole_audio, model.config, place)
+    autoencoder = _autoencoder("--vae", args.vae, model.config, place, dtype)
+    front_end = _front_end(args.audio_encoder, args.whole_audio, model.config, profile, place)
     size = size_of(args.size) if args.size else DEFAULT_SIZE
     encoded = _encoded(args, model.config, fit_picture(picture, *size, args.fit), place, dtype)
     model = model.to(place, dtype).requires_grad_(False)
-    return Avatar(model, autoencoder, front_end, place, dtype, size=DEFAULT_SIZE), encoded
+    avatar = Avatar(model, autoencoder, front_end, place, dtype, profile.fps, DEFAULT_SIZE, profile.policy)
+    return avatar, encoded
+
+
+def load_decoder(path: str, avatar: Avatar) -> VideoAutoencoder:
+    """--decoder: what makes frames of the latents in place of the autoencoder that encodes the picture."""
+    return _autoencoder("--decoder", path, avatar.model.config, avatar.device, avatar.dtype)
 
 
 def model_files(text: str) -> list[Path]:
@@ -159,7 +172,7 @@ def _check_options(args: argparse.Namespace, config: ModelConfig) -> None:
 
 
 def _takes_wav2vec2(config: ModelConfig) -> bool:
-    return config.audio is not None and config.audio.kind == "tokens"
+    return hearing(config) not in ("none", "log-mel")
 
 
 def _takes_clip(config: ModelConfig) -> bool:
@@ -169,11 +182,13 @@ def _takes_clip(config: ModelConfig) -> bool:
 # Parts
 
 
-def _autoencoder(path: str, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> VideoAutoencoder:
+def _autoencoder(
+    option: str, path: str, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> VideoAutoencoder:
     autoencoder = load_autoencoder(path).to(device, dtype).requires_grad_(False)
     if autoencoder.latent_channels != config.out_channels:
         raise ValueError(
-            f"--vae {path} has {autoencoder.latent_channels} latent channels, the model {config.out_channels}: "
+            f"{option} {path} has {autoencoder.latent_channels} latent channels, the model {config.out_channels}: "
             "give the autoencoder the model was trained with"
         )
     if isinstance(autoencoder, LightAutoencoder):
@@ -181,13 +196,21 @@ def _autoencoder(path: str, config: ModelConfig, device: torch.device, dtype: to
     return autoencoder
 
 
-def _front_end(path: str, whole: bool, config: ModelConfig, device: torch.device) -> FrontEndMaker:
+def _front_end(path: str, whole: bool, config: ModelConfig, profile: Profile, device: torch.device) -> FrontEndMaker:
     if config.audio and config.audio.kind == "window":
         _check_log_mel(config.audio)
     if config.audio is None or config.audio.kind == "window":
         return LogMel
     with _quiet(require("transformers", "the wav2vec2 front end")):
         model = load_wav2vec2(path).to(device)  # pyright: ignore[reportArgumentType]
+    if hearing(config) == "wav2vec2-frames":
+        _check_width(path, model.config.hidden_size * (model.config.num_hidden_layers + 2), config.audio.features)
+        at_frames = Wav2Vec2FramesWhole if whole else Wav2Vec2Frames
+        return lambda geometry: at_frames(model, geometry, delay=profile.audio_delay)
+    if hearing(config) == "wav2vec2-s2v":
+        _check_width(path, model.config.hidden_size * (model.config.num_hidden_layers + 1), config.audio.features)
+        mixed = S2VFramesWhole if whole else S2VFrames
+        return lambda geometry: mixed(model, geometry)
     layers = _layers(path, model.config, config.audio.features)
     kind = Wav2Vec2Whole if whole else Wav2Vec2Windows
     return lambda geometry: kind(model, geometry, layers=layers)
@@ -206,11 +229,15 @@ def _check_log_mel(audio: AudioConfig) -> None:
 def _layers(path: str, wav2vec2: Any, features: int) -> Layers:
     """Whether the model was trained on the last hidden state or on all of them."""
     width = wav2vec2.hidden_size
-    if features == width:
-        return "last"
     if features == width * (wav2vec2.num_hidden_layers + 1):
         return "all"
-    raise ValueError(f"--audio-encoder {path} gives tokens of {width} numbers, the model takes {features}")
+    _check_width(path, width, features)
+    return "last"
+
+
+def _check_width(path: str, width: int, features: int) -> None:
+    if features != width:
+        raise ValueError(f"--audio-encoder {path} gives tokens of {width} numbers, the model takes {features}")
 
 
 def _encoded(

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -22,16 +22,19 @@ import torch
 
 from .. import samples
 from ..avatar import Avatar, Encoded, load_embedded
-from ..generate import Progress, Resume, from_uint8, generate
+from ..generate import FrameSink, Progress, Resume, from_uint8, generate
 from ..geometry import Geometry
 from ..media.picture import fit_picture, read_picture
 from ..media.sound import PcmPipe, SoundFile
 from ..media.writer import VideoWriter, checked_path, part_path
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
-from .options import dtype_of, policy_of, size_of
+from ..types import VideoAutoencoder
+from .options import device_of, dtype_of, policy_of, several_gpus, size_of
 
 logger = logging.getLogger(__name__)
+
+OpenSink = Callable[[int], FrameSink]
 
 
 @dataclass
@@ -72,19 +75,23 @@ class HeardSound:
 
 def run(args: argparse.Namespace) -> int:
     """`joyavatar generate`."""
-    policy = policy_of(args)
     output = checked_path(args.output)
-    _check(args)
+    check(args)
+    if several_gpus(args):
+        from . import several
+
+        return several.run(args)
     if args.threads:
         torch.set_num_threads(args.threads)
-    sound = _sound(args)
+    sound = sound_of(args)
     picture = read_picture(args.image)
-    avatar, encoded = _system(args, picture)
+    avatar, encoded = system(args, picture)
+    policy = policy_of(args, avatar.policy)
     geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
     fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
-    stream = avatar.stream(fitted, policy, args.seed, encoded)
-    job = _Job(stream, geometry, sound, output, args)
-    progress = job.run(_settings(args, policy, geometry))
+    stream = avatar.stream(fitted, policy, args.seed, encoded, decoder_of(args, avatar))
+    job = Job(stream, geometry, sound, output, args)
+    progress = job.run(settings_of(args, policy, geometry))
     if args.json:
         job.report(Path(args.json), progress)
     return 0
@@ -107,8 +114,8 @@ def demo(args: argparse.Namespace) -> int:
 
 
 @dataclass
-class _Job:
-    """One run: where its parts meet while it lasts."""
+class Job:
+    """One run: where its parts meet while it lasts. cancelled_by: see VideoWriter."""
 
     stream: AvatarStream
     geometry: Geometry
@@ -116,9 +123,23 @@ class _Job:
     output: Path
     args: argparse.Namespace
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
+    cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+
+    @property
+    def state_path(self) -> Path:
+        """Of the saved state."""
+        return self.output.with_suffix(".state.safetensors")
 
     def run(self, settings: dict[str, str]) -> Progress:
-        resume = Resume(self.output.with_suffix(".state.safetensors"), self.args.checkpoint_blocks, self.args.resume)
+        resume = Resume(self.state_path, self.args.checkpoint_blocks, self.args.resume)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._forget, resume)
+            open_sink, tell = stack.enter_context(self.shown(settings))
+            return generate(self.stream, self.sound, open_sink, resume, tell)
+
+    @contextlib.contextmanager
+    def shown(self, settings: dict[str, str]) -> Iterator[tuple[OpenSink, Callable[[Progress], None]]]:
+        """What opens the file and what moves the bar, while the run lasts; both are closed after it."""
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(_bar())
 
@@ -129,8 +150,7 @@ class _Job:
                 self._note_lag()
                 _show(bar, progress, self._expected_blocks())
 
-            stack.callback(self._forget, resume)
-            return generate(self.stream, self.sound, open_sink, resume, tell)
+            yield open_sink, tell
 
     def _forget(self, resume: Resume) -> None:
         """A saved state lives as long as the unfinished video it belongs to."""
@@ -145,8 +165,8 @@ class _Job:
             return None
         return self.geometry.blocks_of_frames(self.geometry.frames_of_duration(Fraction(seconds)))
 
-    def report(self, path: Path, progress: Progress) -> None:
-        """Figures of the run as JSON."""
+    def report(self, path: Path, progress: Progress, more: Mapping[str, Any] | None = None) -> None:
+        """Figures of the run, and `more`, as JSON."""
         report: dict[str, Any] = {
             "output": str(self.output),
             "frames": progress.frames,
@@ -159,6 +179,7 @@ class _Job:
         if self.lags:
             report["live_latency_median_s"] = round(float(np.median(self.lags)), 3)
             report["live_latency_max_s"] = round(max(self.lags), 3)
+        report |= more or {}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -176,6 +197,7 @@ class _Job:
             settings=settings,
             segment_frames=len(self.geometry.frames_of_block(1)),
             first_segment_frames=len(self.geometry.frames_of_block(0)),
+            cancelled_by=self.cancelled_by,
         )
 
     def _note_lag(self) -> None:
@@ -188,7 +210,7 @@ class _Job:
             self.lags.append(time.perf_counter() - came)
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """What can be known to be wrong before a model is loaded."""
     if not 0 <= args.seed < 2**64:
         raise ValueError(f"seed {args.seed} must lie in 0 .. 2**64 - 1")
@@ -198,7 +220,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--checkpoint-blocks {args.checkpoint_blocks} must be at least 0 (0: no states)")
 
 
-def _sound(args: argparse.Namespace) -> HeardSound:
+def sound_of(args: argparse.Namespace) -> HeardSound:
     if args.audio != "-":
         return HeardSound(SoundFile(args.audio))
     if args.resume:
@@ -210,9 +232,9 @@ def _sound(args: argparse.Namespace) -> HeardSound:
     return HeardSound(PcmPipe(sys.stdin.buffer, int(rate), int(channels), form))
 
 
-def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
+def system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
     """The model the options name, and what its encoders say of the picture and the prompt."""
-    device = _device(args.device)
+    device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     if args.model == "tiny":
         return load_embedded(device, dtype), Encoded()
@@ -221,18 +243,15 @@ def _system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Enco
     return load_full_size(args, picture, device, dtype)
 
 
-def _device(name: str) -> str:
-    """The device to run on. ValueError if this torch or this machine has no such device."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu, cuda, ...") from error
-    return name
+def decoder_of(args: argparse.Namespace, avatar: Avatar) -> VideoAutoencoder | None:
+    if not args.decoder:
+        return None
+    from .full_size import load_decoder
+
+    return load_decoder(args.decoder, avatar)
 
 
-def _settings(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geometry) -> dict[str, str]:
+def settings_of(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geometry) -> dict[str, str]:
     """What the file's metadata says of how it was made."""
     return {
         "seed": str(args.seed),

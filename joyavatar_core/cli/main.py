@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from .. import samples
+from ..config import MODELS
 from ..policy import POLICIES
 from . import prepare, train
+from .options import add_several_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_schedule(commands)
     _add_doctor(commands)
     _add_download(commands)
+    _add_convert(commands)
     _add_bench(commands)
     _add_evaluate(commands)
     prepare.add(commands)
@@ -75,6 +78,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--model", default="tiny", metavar="tiny|FILE[,FILE]", help="built-in model or checkpoint files")
     full = p.add_argument_group("full-size models")
     full.add_argument("--vae", metavar="FILE", help="Wan2.1 VAE or a light autoencoder (taew2_1)")
+    full.add_argument("--decoder", metavar="FILE", help="a faster one than --vae (taew2_1, lighttaew2_1)")
     full.add_argument("--audio-encoder", metavar="PATH", help="wav2vec2 folder or .safetensors file")
     full.add_argument("--whole-audio", action="store_true", help="hear the whole sound at once (at most 60 s)")
     full.add_argument("--text-encoder", metavar="PATH", help="umT5 folder, or a file with a ready embedding")
@@ -92,6 +96,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     p.add_argument("--threads", type=int, help="CPU threads")
     _add_policy(p)
+    p.set_defaults(policy=None)  # the model's own
+    add_several_gpus(p)
     p.add_argument("--pcm", default="16000:1:s16le", metavar="RATE:CHANNELS:FORMAT", help="format of - (%(default)s)")
     p.add_argument("--checkpoint-blocks", type=int, default=8, metavar="N", help="blocks between saved states; 0: none")
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
@@ -108,11 +114,24 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--sink-blocks", type=int, metavar="N")
     p.add_argument("--local-blocks", type=int, metavar="N")
     p.add_argument("--kv-level", choices=("last_step", "clean"), help="noise level at which keys are cached")
+    p.add_argument(
+        "--reference-ahead",
+        metavar="N|N-M",
+        help="live-avatar: latents from the window to the picture; of a span it is drawn for every forward",
+    )
+    p.add_argument(
+        "--reference-refresh",
+        type=int,
+        metavar="N",
+        help="live-avatar: blocks after which a generated latent takes the picture's place; 0: never",
+    )
 
 
 def _add_schedule(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("schedule", help="print the denoising schedule")
     p.add_argument("--blocks", type=int, default=8, metavar="N")
+    p.add_argument("--config", choices=tuple(MODELS), default="tiny", help="sizes for the cost (%(default)s)")
+    p.add_argument("--size", default="256x256", metavar="WxH", help="video size for the cost (%(default)s)")
     _add_policy(p)
     p.set_defaults(run=_schedule)
 
@@ -132,16 +151,37 @@ def _add_download(commands: argparse._SubParsersAction) -> None:
     p.set_defaults(run=_download)
 
 
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    p = commands.add_parser("convert", help="weights of other projects to one file in our layout")
+    p.add_argument("files", nargs="+", metavar="FILE", help="parts of one model, and adapters (LoRA) to put in")
+    p.add_argument("out", metavar="OUT.safetensors")
+    p.add_argument("--profile", metavar="NAME", help="what it is, where neither keys nor file names say it")
+    p.add_argument(
+        "--weights",
+        choices=("ema", "plain"),
+        default="ema",
+        help="of a training file that holds both: the averaged ones, or those themselves (%(default)s)",
+    )
+    p.add_argument("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep")
+    p.add_argument("--force", action="store_true", help="replace OUT if it is there")
+    p.set_defaults(run=_convert)
+
+
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("bench", help="measure speed and memory on this machine")
-    p.add_argument("--config", default="tiny", choices=("tiny",))
-    p.add_argument("--size", default="256x256", metavar="WxH")
+    p.add_argument("--config", default="tiny", choices=("tiny", "flash-1.3b", "teacher-14b"), help="which model")
+    p.add_argument("--size", metavar="WxH", help="video size in pixels")
     p.add_argument("--blocks", type=int, default=40, metavar="N", help="blocks measured (%(default)s)")
-    p.add_argument("--threads", type=int)
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     p.add_argument("--random", action="store_true", help="random weights instead of the embedded ones")
     p.add_argument("--baseline", action="store_true", help="measure the plain way too")
-    p.add_argument("--soak", action="store_true", help="compare block times 10-110 and 10,000-10,100")
+    p.add_argument("--wan-vae", action="store_true", help="measure Wan2.1's decoder too")
+    p.add_argument(
+        "--soak", type=int, nargs="?", const=10_101, metavar="N", help="compare early and late blocks of N (%(const)s)"
+    )
+    p.add_argument("--plan", action="store_true", help="what cards of 8 to 80 GB run, and how; measures nothing")
     p.add_argument("--json", action="store_true", help="print nothing but the last line")
     p.set_defaults(run=_bench)
 
@@ -220,6 +260,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _download(args: argparse.Namespace) -> int:
     from .download import run
+
+    return run(args)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .convert import run
 
     return run(args)
 

@@ -19,9 +19,22 @@ def dtype_of(word: str) -> torch.dtype | None:
     return None if word == "auto" else getattr(torch, word)
 
 
-def policy_of(args: argparse.Namespace) -> RolloutPolicy:
-    """The rollout policy the options describe."""
-    chosen = policy(args.policy)
+def device_of(word: str) -> str:
+    """The device an option names. ValueError if this torch or this machine has no such device."""
+    import torch
+
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=word)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {word}: {str(error).splitlines()[0]}; use auto, cpu, cuda, ...") from error
+    return word
+
+
+def policy_of(args: argparse.Namespace, own: str = "joyavatar-flash") -> RolloutPolicy:
+    """The rollout policy the options describe; own: the model's, where they name none."""
+    chosen = policy(args.policy or own)
     changes: dict[str, object] = {}
     if args.no_psb:
         changes["bootstrap"] = 0
@@ -31,7 +44,45 @@ def policy_of(args: argparse.Namespace) -> RolloutPolicy:
         value = vars(args)[name]
         if value is not None:
             changes[name] = value
+    if args.reference_ahead is not None:
+        changes["reference_ahead"] = span_of(args.reference_ahead)
+    if args.reference_refresh is not None:
+        changes["reference_refresh"] = args.reference_refresh or None
     return changed(chosen, changes)
+
+
+def span_of(text: str) -> tuple[int, int]:
+    """(least, most) from "N" or "N-M"."""
+    match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
+    if not match:
+        raise ValueError(f"--reference-ahead {text!r}: write a number, e.g. 30, or the least and the most, e.g. 4-30")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def add_several_gpus(parser: argparse.ArgumentParser) -> None:
+    """Options of a run by several processes."""
+    p = parser.add_argument_group("several GPUs (docs/several_gpus.md)")
+    p.add_argument("--gpus", type=int, metavar="N", help="processes, a GPU each (with --device cpu: on the CPU)")
+    p.add_argument(
+        "--parallel",
+        choices=("tpp", "vae", "sequence"),
+        help="a process per timestep and one that decodes; one denoises, one decodes; or each a share of the tokens "
+        "(what suits policy and N)",
+    )
+    p.add_argument("--timeline", metavar="FILE.json", help="what each process did when; with matplotlib FILE.png too")
+
+
+def several_gpus(args: argparse.Namespace) -> bool:
+    """Whether several processes make the video: asked for, or started by torchrun."""
+    from ..multi_gpu.members import started_by_torchrun
+
+    if args.gpus is not None and args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus} must be at least 1")
+    if (args.gpus or 1) > 1 or started_by_torchrun():
+        return True
+    if args.parallel or args.timeline:
+        raise ValueError("--parallel and --timeline are of several processes: give their number with --gpus")
+    return False
 
 
 def size_of(text: str) -> tuple[int, int]:

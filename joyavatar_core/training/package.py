@@ -1,14 +1,19 @@
 """Puts trained weights into the package: bfloat16, our metadata, the names the engine looks for.
 
     python -m joyavatar_core.training.package --autoencoder FILE --transformer FILE --reader FILE [--out DIR]
+        [--blend FILE --share 0.6]
 
+--blend mixes a student's weights with those of its teacher, which it began from: a milder guidance than it learned.
 Metadata (recipe, data seed, steps, figures) comes along from the training's own files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,15 +54,38 @@ def _megabytes(tensors: checkpoint.Tensors) -> float:
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
 
 
+def blend(student: Path, teacher: Path, share: float, out: Path) -> Path:
+    """Write `share` of the student's weights and the rest of the teacher's, with the student's metadata; gives `out`.
+
+    Raises ValueError for a share outside 0 .. 1, CheckpointError where the two are not of one kind.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share {share}: must be in 0 .. 1")
+    (ours, metadata), (theirs, _) = checkpoint.read(student), checkpoint.read(teacher)
+    sizes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (ours, theirs)]
+    if sizes[0] != sizes[1]:
+        raise checkpoint.CheckpointError(f"{teacher.name} has other tensors than {student.name}: no teacher of it")
+    mixed = {n: (share * ours[n].float() + (1 - share) * theirs[n].float()).to(ours[n].dtype) for n in ours}
+    facts = {"share": share, "with": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+    checkpoint.write(out, mixed, metadata | {"blend": json.dumps(facts)})
+    return out
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Put trained weights into the package.")
     parser.add_argument("--autoencoder", type=Path, required=True)
     parser.add_argument("--transformer", type=Path, required=True)
     parser.add_argument("--reader", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
+    parser.add_argument("--blend", type=Path, help="the transformer's teacher, to be mixed in")
+    parser.add_argument("--share", type=float, default=0.6, help="of --transformer in the blend (%(default)s)")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    package(options.autoencoder, options.transformer, options.reader, options.out)
+    with tempfile.TemporaryDirectory() as folder:
+        transformer = options.transformer
+        if options.blend:
+            transformer = blend(transformer, options.blend, options.share, Path(folder) / transformer.name)
+        package(options.autoencoder, transformer, options.reader, options.out)
 
 
 if __name__ == "__main__":

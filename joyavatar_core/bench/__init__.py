@@ -1,0 +1,1 @@
+"""What a run costs, reckoned (trace, plan) and measured (ceilings, measure). `joyavatar bench` prints it."""

@@ -138,7 +138,8 @@ class Host:
         known = (self.path / "comfy" / "cli_args.py").read_text(encoding="utf-8")
         database = self.base / "user" / "host.db"  # the older versions trip over a database in memory
         words = [self.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
-        words += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK, "--disable-api-nodes"]
+        packs = sorted(path.name for path in (self.base / "custom_nodes").iterdir())
+        words += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", *packs, "--disable-api-nodes"]
         words += ["--disable-auto-launch", "--database-url", f"sqlite:///{database}"]
         words += [word for word in ("--disable-assets-autoscan",) if f'"{word}"' in known]
         return words + self.options

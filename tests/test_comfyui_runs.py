@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 
 from joyavatar_core import checkpoint
-from joyavatar_core.config import AudioConfig, ModelConfig
+from joyavatar_core.avatar import build_model
+from joyavatar_core.config import AudioConfig, ModelConfig, S2VConfig
 from joyavatar_core.model import JoyAvatarDiT
 from joyavatar_core.wan_vae import WanVAE, WanVAEConfig
 
@@ -49,6 +50,8 @@ def host() -> Iterator[Host]:
         write_lora(running.base / "models" / "loras" / "ours.safetensors", rows=256)
         write_lora(running.base / "models" / "loras" / "other.safetensors", rows=320)
         write_full_size(running.base / "models")
+        write_live_avatar(running.base / "models")
+        (running.base / "custom_nodes" / "prompts.py").write_text(PROMPTS)
         running.restart()  # so that the lists of files are new
         yield running
 
@@ -92,6 +95,30 @@ def write_full_size(models: Path) -> None:
     checkpoint.write(models / "vae" / "small.safetensors", WanVAE(WanVAEConfig(dim=8)).state_dict(), {})
     hearing = {f"wav2vec2.{k}": v.half() for k, v in Wav2Vec2Model(Wav2Vec2Config()).state_dict().items()}
     checkpoint.write(models / "audio_encoders" / "small.safetensors", hearing, {})
+
+
+PROMPTS = """
+import torch
+class Prompt:
+    CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("CONDITIONING",)
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"channels": ("INT", {"default": 8})}})
+    def make(self, channels):
+        return ([[torch.linspace(-1, 1, 5 * channels).reshape(1, 5, channels), {}]],)
+NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
+"""
+"""A text encoder for a small model."""
+
+
+def write_live_avatar(models: Path) -> None:
+    """A small transformer of Wan2.2-S2V's kind, which hears all states of the small wav2vec2."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=128, ffn_dim=128, layers=2, heads=1, in_channels=16, text_dim=8, text_len=8, image_dim=0,
+        audio=AudioConfig(kind="injected", features=13 * 768, window=4, tokens=4),
+        s2v=S2VConfig(audio_layers=13, inject_layers=(0, 1)),
+    )  # fmt: skip
+    metadata = {"model_config": checkpoint.config_to_json(config)}
+    checkpoint.write(models / "diffusion_models" / "s2v.safetensors", build_model(config).state_dict(), metadata)
 
 
 def full_size(dtype: str = "fp32", hearing: bool = True, **sampler: Any) -> dict[str, Any]:
@@ -296,6 +323,16 @@ def test_full_size_with_stock_loaders_and_stock_decode(host: Host) -> None:
     )
     assert len(own) == 16 <= len(stock)
     assert np.abs(stock[:16].astype(int) - own).max() <= 2
+
+
+def test_live_avatar_at_its_own_rate_and_policy(host: Host) -> None:
+    """Policy auto: 25 pictures a second, beside a prefilled reference."""
+    prompt = {**full_size(policy="auto"), **video("s2v", resume=False)}
+    prompt["2"]["inputs"]["model"] = "s2v.safetensors"
+    prompt["3"]["inputs"] |= {"conditioning": ["31", 0], "width": 128, "height": 128}
+    prompt["31"] = node("TestPrompt", channels=8)
+    frames = frames_of(file_of(host, host.run(prompt)))
+    assert len(frames) == 25 and frames.std() > 0, "a second of sound"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])

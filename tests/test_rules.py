@@ -24,7 +24,7 @@ LAYERS = [
     {"rollout", "plain"},
     {"stream"},
     {"avatar", "generate", "measures", "media"},
-    {"retake", "bench"},
+    {"retake", "bench", "multi_gpu"},
     {"cli", "training"},
 ]
 IO_LIBRARIES = {"av", "cv2", "PIL", "tqdm"}

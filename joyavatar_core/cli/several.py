@@ -1,0 +1,97 @@
+"""`joyavatar generate --gpus N`, or under torchrun: one video by several processes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..generate import from_uint8
+from ..media.picture import fit_picture, read_picture
+from ..media.writer import cancelled_path, checked_path, part_path
+from ..multi_gpu import timeline
+from ..multi_gpu.launcher import interruptible, launch
+from ..multi_gpu.members import Member, RankLostError, met, started_by_torchrun
+from ..multi_gpu.run import Plan, RankedRun, ranked_run
+from ..policy import RolloutPolicy
+from .generate import Job, decoder_of, settings_of, sound_of, system
+from .options import policy_of, size_of
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes, unless torchrun has; the one that writes prints the table at the end."""
+    if args.audio == "-":
+        raise ValueError("--audio -: live sound reaches one process only; leave --gpus out, or give a file")
+    if args.resume:
+        raise ValueError("--resume: runs of several processes save no states; leave --gpus out, or start anew")
+    started = time.time()
+    try:
+        member = started_by_torchrun()
+        if member is None:
+            launch(partial(rank, args), args.gpus)
+            return 0
+        if args.gpus not in (None, member.world):
+            raise ValueError(f"--gpus {args.gpus}: torchrun has started {member.world} processes; leave --gpus out")
+        interruptible()
+        with met(member):
+            rank(args, member)
+    except RankLostError as error:
+        raise RankLostError(f"{error}; {_left(Path(args.output), started)}") from error
+    return 0
+
+
+def rank(args: argparse.Namespace, member: Member) -> None:
+    """One process of the run."""
+    logging.basicConfig(
+        level=logging.ERROR if member.rank else logging.INFO if args.verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+    )
+    args.device = member.device(args.device)
+    if args.device == "cpu":
+        torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // member.world))
+    sound, picture = sound_of(args), read_picture(args.image)
+    avatar, encoded = system(args, picture)
+    policy = policy_of(args, avatar.policy)
+    plan = Plan(args.parallel, member.world) if args.parallel else Plan.suited(policy, member.world)
+    geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
+    fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
+    decoder = decoder_of(args, avatar) if member.rank == plan.writer else None
+    ranked = ranked_run(member, plan, avatar, fitted, policy, args.seed, encoded, decoder)
+    job = Job(ranked.stream, geometry, sound, checked_path(args.output), args)
+    if member.rank == plan.writer:
+        _write(ranked, job, policy)
+    else:
+        ranked.run(sound)
+        ranked.timelines()
+
+
+def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
+    """The writer's part: the file, then the table."""
+    tqdm.set_lock(threading.RLock())  # its own would be left in the system by a process that is killed
+    job.cancelled_by = (KeyboardInterrupt, RankLostError)
+    job.state_path.unlink(missing_ok=True)  # of an earlier run, whose part this one replaces
+    with job.shown(settings_of(job.args, policy, job.geometry)) as (open_sink, tell):
+        progress = ranked.run(job.sound, open_sink, tell)
+    assert progress
+    rows = ranked.timelines()
+    print(timeline.table(rows))
+    if job.args.timeline:
+        timeline.write(rows, Path(job.args.timeline))
+    if job.args.json:
+        more = {"parallel": ranked.plan.parallel, "ranks": timeline.as_json(rows)}
+        job.report(Path(job.args.json), progress, more)
+
+
+def _left(output: Path, started: float) -> str:
+    """Which file holds what was made."""
+    for path in (cancelled_path(output), part_path(output)):
+        if path.exists() and path.stat().st_mtime >= started - 1:
+            return f"{path.name} plays, with the frames so far"
+    return "no frame was made"

@@ -189,7 +189,7 @@ class S2VDiT(JoyAvatarDiT):
         patch = (1, *config.patch)
         self.inject_layers = config.s2v.inject_layers
         self.cond_encoder = ops.Conv3d(config.out_channels, config.dim, patch, stride=patch)
-        self.trainable_cond_mask = nn.Embedding(3, config.dim)  # only its rows are used, in any layer namespace
+        self.trainable_cond_mask = ops.Embedding(3, config.dim)  # only its rows are used
         self.casual_audio_encoder = AudioEncoder(config.audio, config.s2v, config.dim, ops)
         self.audio_injector = AudioInjector(config, len(self.inject_layers), ops, attention)
         self.frame_packer = FramePacker(config, ops)

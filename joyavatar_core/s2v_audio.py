@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .audio import SAMPLE_RATE, AudioTokens, AudioTrack
+from .audio import AudioTokens, AudioTrack
 from .geometry import Geometry
-from .wav2vec import FIELD, HOP, TOKEN_RATE, UNTIL_FINISHED, Encoder, samples_of, tokens_of
+from .wav2vec import FIELD, TOKEN_RATE, Encoder, WholeSound, WindowedSound, tokens_of
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -76,7 +76,7 @@ def between(encoded: Tensor, places: Tensor) -> Tensor:
     return (encoded[before].double() * (1 - share).double() + later).float()
 
 
-class S2VFrames(_S2VFrames):
+class S2VFrames(WindowedSound, _S2VFrames):
     """Streaming: block b is encoded from one window of sound, fixed by b alone.
 
     The window ends `lookahead_tokens` after the last token the block needs and is `history` + look-ahead long; while
@@ -110,26 +110,18 @@ class S2VFrames(_S2VFrames):
                 f"{block / TOKEN_RATE:g} s and 0 tokens"
             )
 
-    def needs(self, latent_stop: int) -> int:
-        return samples_of(self._span(latent_stop - 1).stop) if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return HOP * self._span(latent_start).start
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         return self._tokens([self._latent(track, latent) for latent in latents])
 
     def _latent(self, track: AudioTrack, latent: int) -> Tensor:
-        span, places = self._span(latent), self.places(latent)
-        start, stop = HOP * span.start, samples_of(span.stop)
-        encoded = self.encoder.encode(track.read(start, stop), min(max(track.end - start, 0), stop - start))
+        span, places = self._window(latent), self.places(latent)
+        encoded = self.encoder.encode(*self._sound(track, span))
         at = torch.tensor([float(_token(place) - span.start) for place in places])
         heard = [not track.finished or place < places_of(tokens_of(track.end)) for place in places]
         return torch.where(torch.tensor(heard)[:, None], between(encoded, at), 0.0)
 
-    def _span(self, latent: int) -> range:
-        """Tokens of the window in which a latent frame's block is heard."""
-        last = self.geometry.latents_of_block(latent // self.geometry.block_latents).stop - 1
+    def _span(self, block: int) -> range:
+        last = self.geometry.latents_of_block(block).stop - 1
         stop = floor(_token(self.places(last)[-1])) + 2 + self.lookahead_tokens
         return range(max(0, stop - self.history_tokens - self.lookahead_tokens), stop)
 
@@ -139,13 +131,15 @@ def _token(place: int) -> Fraction:
     return Fraction(place * TOKEN_RATE, PLACES)
 
 
-class S2VFramesWhole(_S2VFrames):
+class S2VFramesWhole(WholeSound, _S2VFrames):
     """The whole sound at once, as the release runs it: for parity, and for short clips only.
 
     Args:
         limit: longest sound, seconds.
         model, lead, normalise, epsilon: see S2VFrames.
     """
+
+    instead = "the streaming windows (S2VFrames)"
 
     def __init__(
         self,
@@ -159,21 +153,9 @@ class S2VFramesWhole(_S2VFrames):
         super().__init__(geometry, Encoder(model, "all", normalise, epsilon), lead)
         self.limit = limit
 
-    def needs(self, latent_stop: int) -> int:
-        return UNTIL_FINISHED if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return 0
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         """Tokens of consecutive latent frames. Raises ValueError if the sound is unfinished or too long."""
-        if track.end > self.limit * SAMPLE_RATE:
-            raise ValueError(
-                f"the sound lasts {track.end / SAMPLE_RATE:.1f} s or more, the limit for encoding it at once is "
-                f"{self.limit:g} s: use the streaming windows (S2VFrames) or cut it"
-            )
-        if not track.finished:
-            raise ValueError("whole-utterance encoding needs all of the sound: finish the track first")
+        self._check_whole(track)
         encoded = self.encoder.encode(track.read(0, max(track.end, FIELD)), track.end)
         return self._tokens([stretched(encoded, self.places(latent)) for latent in latents])
 

@@ -167,7 +167,58 @@ class _Wav2Vec2:
         return self.windows.width
 
 
-class Wav2Vec2Windows(_Wav2Vec2):
+class WindowedSound:
+    """What streaming front ends share: a block is heard in one window of sound, fixed by its number alone."""
+
+    geometry: Geometry
+
+    def needs(self, latent_stop: int) -> int:
+        return samples_of(self._window(latent_stop - 1).stop) if latent_stop > 0 else 0
+
+    def keeps(self, latent_start: int) -> int:
+        return HOP * self._window(latent_start).start
+
+    def _window(self, latent: int) -> range:
+        """Tokens of the window in which a latent frame's block is heard."""
+        return self._span(latent // self.geometry.block_latents)
+
+    def _span(self, block: int) -> range:
+        """Tokens of a block's window."""
+        raise NotImplementedError
+
+    def _sound(self, track: AudioTrack, window: range) -> tuple[Tensor, int]:
+        """Samples of a window [n], and how many of them are sound; zeros follow."""
+        start, stop = HOP * window.start, samples_of(window.stop)
+        return track.read(start, stop), min(max(track.end - start, 0), stop - start)
+
+
+class WholeSound:
+    """What front ends share that hear the whole sound at once: nothing comes out before it is finished.
+
+    limit: longest sound, seconds. instead: what hears longer ones.
+    """
+
+    limit: float
+    instead = "the streaming windows"
+
+    def needs(self, latent_stop: int) -> int:
+        return UNTIL_FINISHED if latent_stop > 0 else 0
+
+    def keeps(self, latent_start: int) -> int:
+        return 0
+
+    def _check_whole(self, track: AudioTrack) -> None:
+        """ValueError if the sound is unfinished or too long."""
+        if track.end > self.limit * SAMPLE_RATE:
+            raise ValueError(
+                f"the sound lasts {track.end / SAMPLE_RATE:.1f} s or more, the limit for encoding it at once is "
+                f"{self.limit:g} s: use {self.instead} or cut it"
+            )
+        if not track.finished:
+            raise ValueError("whole-utterance encoding needs all of the sound: finish the track first")
+
+
+class Wav2Vec2Windows(WindowedSound, _Wav2Vec2):
     """Streaming wav2vec2: block b is encoded from one window of sound, fixed by b alone.
 
     The window ends `lookahead_tokens` after the block (more if a token window reaches further) and is `history` +
@@ -200,12 +251,6 @@ class Wav2Vec2Windows(_Wav2Vec2):
         self.history_tokens = round(history * TOKEN_RATE)
         self._check_sizes()
 
-    def needs(self, latent_stop: int) -> int:
-        return samples_of(self._span(self._block(latent_stop - 1)).stop) if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return HOP * self._span(self._block(latent_start)).start
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         parts = [self._features(track, latent) for latent in latents]
         if not parts:
@@ -213,19 +258,14 @@ class Wav2Vec2Windows(_Wav2Vec2):
         return AudioTokens(torch.cat([p.tokens for p in parts]), torch.cat([p.valid for p in parts]))
 
     def _features(self, track: AudioTrack, latent: int) -> AudioTokens:
-        span = self._span(self._block(latent))
-        start, stop = HOP * span.start, samples_of(span.stop)
-        encoded = self.encoder.encode(track.read(start, stop), min(max(track.end - start, 0), stop - start))
+        span = self._window(latent)
+        encoded = self.encoder.encode(*self._sound(track, span))
         window, true_end = self.windows.of(latent), tokens_of(track.end) if track.finished else span.stop
         first = max(window.start, 0)
         window = range(first, min(window.stop, true_end) if first < true_end else window.stop)
         return _cut(encoded, span.start, [window], self.tokens_per_latent)
 
-    def _block(self, latent: int) -> int:
-        return latent // self.geometry.block_latents
-
     def _span(self, block: int) -> range:
-        """Tokens of the block's window."""
         end = floor(self.geometry.frames_of_block(block).stop * self.windows.per_frame)
         latents = self.geometry.latents_of_block(block)
         stop = max(end + self.lookahead_tokens, max(self.windows.of(i).stop for i in latents))
@@ -244,7 +284,7 @@ class Wav2Vec2Windows(_Wav2Vec2):
             )
 
 
-class Wav2Vec2Whole(_Wav2Vec2):
+class Wav2Vec2Whole(WholeSound, _Wav2Vec2):
     """wav2vec2 over the whole sound at once, as the offline pipelines run it: for parity, and for short clips only.
 
     Nothing comes out before the sound is finished, and memory grows with its length. Token windows are cut at the true
@@ -254,6 +294,8 @@ class Wav2Vec2Whole(_Wav2Vec2):
         limit: longest sound, seconds.
         model, layers, normalise, epsilon: see Wav2Vec2Windows and Encoder.
     """
+
+    instead = "the streaming windows (Wav2Vec2Windows)"
 
     def __init__(
         self,
@@ -267,26 +309,14 @@ class Wav2Vec2Whole(_Wav2Vec2):
         super().__init__(geometry, Encoder(model, layers, normalise, epsilon))
         self.limit = limit
 
-    def needs(self, latent_stop: int) -> int:
-        return UNTIL_FINISHED if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return 0
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         """Tokens of consecutive latent frames. Raises ValueError if the sound is unfinished or too long."""
-        if track.end > self.limit * SAMPLE_RATE:
-            raise ValueError(
-                f"the sound lasts {track.end / SAMPLE_RATE:.1f} s or more, the limit for encoding it at once is "
-                f"{self.limit:g} s: use the streaming windows (Wav2Vec2Windows) or cut it"
-            )
-        if not track.finished:
-            raise ValueError("whole-utterance encoding needs all of the sound: finish the track first")
+        self._check_whole(track)
         encoded = self.encoder.encode(track.read(0, max(track.end, FIELD)), track.end)
-        windows = [self._window(latent, len(encoded)) for latent in latents]
+        windows = [self._seen(latent, len(encoded)) for latent in latents]
         return _cut(encoded, 0, windows, self.tokens_per_latent)
 
-    def _window(self, latent: int, true_end: int) -> range:
+    def _seen(self, latent: int, true_end: int) -> range:
         window = self.windows.of(latent)
         return range(min(max(window.start, 0), true_end - 1), min(window.stop, true_end))
 

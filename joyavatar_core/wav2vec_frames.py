@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .audio import SAMPLE_RATE, AudioTokens, AudioTrack
 from .geometry import Geometry
-from .wav2vec import FIELD, HOP, TOKEN_RATE, UNTIL_FINISHED, Encoder, samples_of
+from .wav2vec import FIELD, HOP, TOKEN_RATE, Encoder, WholeSound, WindowedSound
 
 if TYPE_CHECKING:
     from transformers import Wav2Vec2Model
@@ -142,7 +142,7 @@ class _Frames:
         return torch.where(torch.tensor(wanted)[:, None] < 0, torch.zeros(()), rows)
 
 
-class Wav2Vec2Frames(_Frames):
+class Wav2Vec2Frames(WindowedSound, _Frames):
     """Streaming: block b is encoded from one window of sound, fixed by b alone.
 
     The window ends `lookahead` seconds after the block and is `history` + `lookahead` long, on the grid of the
@@ -182,12 +182,6 @@ class Wav2Vec2Frames(_Frames):
         """Convolution features a pixel frame."""
         return TOKEN_RATE / self.geometry.fps
 
-    def needs(self, latent_stop: int) -> int:
-        return samples_of(self._span(latent_stop - 1).stop) if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return HOP * self._span(latent_start).start
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         tokens = torch.zeros(len(latents), self.tokens_per_latent, self.channels)
         for row, latent in enumerate(latents):
@@ -195,22 +189,20 @@ class Wav2Vec2Frames(_Frames):
         return AudioTokens(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))
 
     def _latent(self, track: AudioTrack, latent: int) -> Tensor:
-        span = self._span(latent)
-        start, stop = HOP * span.start, samples_of(span.stop)
+        span = self._window(latent)
         first, last = -floor(-span.start / self._per_frame), floor((span.stop - 1) / self._per_frame)
         early = 1 - self.delay
         places = torch.tensor([float(j * self._per_frame) - early - span.start for j in range(first, last + 1)])
-        sounding = min(max(track.end - start, 0), stop - start)
-        return self._rows(self.encoder.frames(track.read(start, stop), sounding, places), first, self.frames_of(latent))
+        return self._rows(self.encoder.frames(*self._sound(track, span), places), first, self.frames_of(latent))
 
-    def _span(self, latent: int) -> range:
-        """Convolution features of the window in which a latent frame's block is heard."""
-        frames = self.geometry.frames_of_block(latent // self.geometry.block_latents)
+    def _span(self, block: int) -> range:
+        """Convolution features of a block's window."""
+        frames = self.geometry.frames_of_block(block)
         stop = floor(frames.stop * self._per_frame) + self.lookahead
         return range(max(0, stop - self.history - self.lookahead), stop)
 
 
-class Wav2Vec2FramesWhole(_Frames):
+class Wav2Vec2FramesWhole(WholeSound, _Frames):
     """The whole sound at once, as the offline pipelines run it: for parity, and for short clips only.
 
     Without delay the sound is filled with silence to a whole number of latent frames (LiveTalk's 4 n - 3 frames last
@@ -233,21 +225,9 @@ class Wav2Vec2FramesWhole(_Frames):
         super().__init__(geometry, FrameEncoder(model, normalise, epsilon), delay)
         self.limit = limit
 
-    def needs(self, latent_stop: int) -> int:
-        return UNTIL_FINISHED if latent_stop > 0 else 0
-
-    def keeps(self, latent_start: int) -> int:
-        return 0
-
     def features(self, track: AudioTrack, latents: range) -> AudioTokens:
         """Tokens of consecutive latent frames. Raises ValueError if the sound is unfinished or too long."""
-        if track.end > self.limit * SAMPLE_RATE:
-            raise ValueError(
-                f"the sound lasts {track.end / SAMPLE_RATE:.1f} s or more, the limit for encoding it at once is "
-                f"{self.limit:g} s: use the streaming windows or cut it"
-            )
-        if not track.finished:
-            raise ValueError("whole-utterance encoding needs all of the sound: finish the track first")
+        self._check_whole(track)
         frames = self._frames(track)
         tokens = [self._rows(frames, 0, self.frames_of(latent)) for latent in latents]
         shaped = torch.stack(tokens) if tokens else torch.zeros(0, self.tokens_per_latent, self.channels)

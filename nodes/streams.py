@@ -35,11 +35,11 @@ from .host import HostAutoencoder, HostModel
 PIECE_SECONDS = 1
 FULL_SIZES = ((512, 512), (480, 832), (832, 480))
 EMBEDDED_SIZES = ((256, 256), (192, 320), (320, 192))
-OTHER_HEARING = {
-    "wav2vec2-frames": (2, "wav2vec2-base-960h, a base model"),
-    "wav2vec2-s2v": (1, "wav2vec2_large_english_fp16.safetensors"),
+WAV2VEC2_OF = {
+    "wav2vec2-frames": "wav2vec2-base-960h, a base model",
+    "wav2vec2-s2v": "wav2vec2_large_english_fp16.safetensors",
 }
-"""Hearing that takes all hidden states, and how many more of them than the encoder has layers; what to load for it."""
+"""What to load for hearing that takes all hidden states."""
 HINT = "lower the size, local_blocks or steps, choose dtype fp8, or start ComfyUI with --lowvram"
 
 
@@ -179,10 +179,12 @@ class LatentPlan:
             raise ValueError(
                 f"{self.model.name} listens through wav2vec2: connect Audio Encoder Loader to the Audio Encoder node"
             )
+        from ..joyavatar_core.front_ends import all_states
+
         config = self.voice.encoder.config
-        if kind := OTHER_HEARING.get(hearing(self.model.config)):
-            states, remedy = kind
-            _check_width(self.model.name, config.hidden_size * (config.num_hidden_layers + states), audio, remedy)
+        kind = hearing(self.model.config)
+        if channels := all_states(kind, config.hidden_size, config.num_hidden_layers):
+            _check_width(self.model.name, channels, audio, WAV2VEC2_OF[kind])
             return
         channels = config.hidden_size * (config.num_hidden_layers + 1 if self.voice.layers == "all" else 1)
         if channels != audio.features:
@@ -219,18 +221,13 @@ class LatentPlan:
         audio = self.model.config.audio
         if audio is None or audio.kind == "window" or self.voice.encoder is None:
             return LogMel(geometry)
-        from ..joyavatar_core.s2v_audio import S2VFrames
-        from ..joyavatar_core.wav2vec import Wav2Vec2Windows
-        from ..joyavatar_core.wav2vec_frames import Wav2Vec2Frames
+        from ..joyavatar_core.front_ends import streaming
 
-        kind = hearing(self.model.config)
-        if kind == "wav2vec2-frames":
-            delay = self.model.profile.audio_delay
-            return Wav2Vec2Frames(self.voice.encoder, geometry, self.voice.history, delay=delay)  # pyright: ignore
-        if kind == "wav2vec2-s2v":
-            return S2VFrames(self.voice.encoder, geometry, self.voice.history)  # pyright: ignore
         layers: Any = self.voice.layers
-        return Wav2Vec2Windows(self.voice.encoder, geometry, self.voice.history, layers=layers)  # pyright: ignore
+        encoder: Any = self.voice.encoder
+        return streaming(
+            self.model.config, encoder, geometry, self.voice.history, layers, self.model.profile.audio_delay
+        )
 
     def __iter__(self) -> Iterator[LatentBlock]:
         """The blocks of a fresh run."""

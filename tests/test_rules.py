@@ -20,7 +20,7 @@ LAYERS = [
     {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint", "known_weights"}
     | {"lora", "families"},
     {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors"},
-    {"model", "s2v", "wav2vec", "wav2vec_frames", "s2v_audio", "estimate"},
+    {"model", "s2v", "wav2vec", "wav2vec_frames", "s2v_audio", "front_ends", "estimate"},
     {"rollout", "plain"},
     {"stream"},
     {"avatar", "generate", "measures", "media"},

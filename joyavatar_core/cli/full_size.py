@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .. import checkpoint
+from .. import checkpoint, front_ends
 from ..audio import LogMel, require
 from ..autoencoder import LightAutoencoder
 from ..avatar import (
@@ -35,13 +35,12 @@ from ..avatar import (
 )
 from ..config import MODELS, AudioConfig, ModelConfig
 from ..families import Profile, hearing
+from ..front_ends import all_states
 from ..known_weights import licence_warning
 from ..media.face import face_of_file
 from ..media.picture import fit_picture
-from ..s2v_audio import S2VFrames, S2VFramesWhole
 from ..types import VideoAutoencoder
-from ..wav2vec import Layers, Wav2Vec2Whole, Wav2Vec2Windows, load_wav2vec2
-from ..wav2vec_frames import Wav2Vec2Frames, Wav2Vec2FramesWhole
+from ..wav2vec import Layers, load_wav2vec2
 from .options import size_of
 
 logger = logging.getLogger(__name__)
@@ -203,17 +202,15 @@ def _front_end(path: str, whole: bool, config: ModelConfig, profile: Profile, de
         return LogMel
     with _quiet(require("transformers", "the wav2vec2 front end")):
         model = load_wav2vec2(path).to(device)  # pyright: ignore[reportArgumentType]
-    if hearing(config) == "wav2vec2-frames":
-        _check_width(path, model.config.hidden_size * (model.config.num_hidden_layers + 2), config.audio.features)
-        at_frames = Wav2Vec2FramesWhole if whole else Wav2Vec2Frames
-        return lambda geometry: at_frames(model, geometry, delay=profile.audio_delay)
-    if hearing(config) == "wav2vec2-s2v":
-        _check_width(path, model.config.hidden_size * (model.config.num_hidden_layers + 1), config.audio.features)
-        mixed = S2VFramesWhole if whole else S2VFrames
-        return lambda geometry: mixed(model, geometry)
-    layers = _layers(path, model.config, config.audio.features)
-    kind = Wav2Vec2Whole if whole else Wav2Vec2Windows
-    return lambda geometry: kind(model, geometry, layers=layers)
+    channels = all_states(hearing(config), model.config.hidden_size, model.config.num_hidden_layers)
+    if channels is None:
+        layers = _layers(path, model.config, config.audio.features)
+    else:
+        _check_width(path, channels, config.audio.features)
+        layers = "all"
+    options: dict[str, Any] = {"layers": layers, "delay": profile.audio_delay}
+    make = front_ends.whole if whole else front_ends.streaming
+    return lambda geometry: make(config, model, geometry, **options)
 
 
 def _check_log_mel(audio: AudioConfig) -> None:

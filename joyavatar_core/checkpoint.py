@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from . import lora
 
 Tensors = dict[str, Tensor]
+_PIECE = 1 << 24  # bytes of a file read at once
 Module = TypeVar("Module", bound=nn.Module)
 
 TRANSLATIONS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -107,6 +109,15 @@ def read(path: str | Path, variant: Variant = "ema") -> tuple[Tensors, dict[str,
             return tensors, dict(file.metadata() or {})
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path.name} is not a readable safetensors file ({error}); fetch it again") from error
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

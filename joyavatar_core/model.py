@@ -108,8 +108,8 @@ class WithReference:
         return torch.cat([past_keys, keys], dim=1), torch.cat([past_values, values], dim=1)
 
 
-class SelfAttention(nn.Module):
-    """Window attends to [past, window]; keys leave before rotation so that they can be cached."""
+class Attention(nn.Module):
+    """Queries, keys and values of tokens, by head; queries and keys normalised over all heads."""
 
     def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
         super().__init__()
@@ -119,11 +119,24 @@ class SelfAttention(nn.Module):
         self.norm_q = ops.RMSNorm(dim, eps=config.eps)
         self.norm_k = ops.RMSNorm(dim, eps=config.eps)
 
+    def queries(self, x: Tensor) -> Tensor:
+        """[.., L, D] -> [.., L, heads, head_dim]"""
+        return self._heads(self.norm_q(self.q(x)))
+
+    def kv(self, x: Tensor) -> KV:
+        """[.., L, D] -> keys and values [.., L, heads, head_dim]."""
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class SelfAttention(Attention):
+    """Window attends to [past, window]; keys leave before rotation so that they can be cached."""
+
     def forward(self, x: Tensor, table: Table, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
         """x [B, L, D]; table rotates the window, and past keys where there are any -> output, (keys, values)."""
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)) for t in (self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x))
-        )
+        q, (k, v) = self.queries(x), self.kv(x)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
         out = self.attention(rotate(q, table.window), rotate(keys, table.all), values, mask)
         return self.o(out.flatten(-2)), (k, v)

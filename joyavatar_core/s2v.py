@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .attention import AttentionFn, sdpa
 from .cache import KV
 from .config import AudioConfig, ModelConfig, S2VConfig
-from .model import AudioKV, ConditionKV, JoyAvatarDiT, Table
+from .model import Attention, AudioKV, ConditionKV, JoyAvatarDiT, Table
 from .rope import axes_table
 
 NOISY, REFERENCE, MOTION = range(3)
@@ -100,29 +100,14 @@ class AudioEncoder(nn.Module):
         return local[:, 1:], whole[:, 1:]
 
 
-class Injector(nn.Module):
+class Injector(Attention):
     """Cross-attention from the picture's tokens to the audio tokens of their latent frame."""
-
-    def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
-        super().__init__()
-        dim = config.dim
-        self.heads, self.attention = config.heads, attention
-        self.q, self.k, self.v, self.o = (ops.Linear(dim, dim) for _ in range(4))
-        self.norm_q = ops.RMSNorm(dim, eps=config.eps)
-        self.norm_k = ops.RMSNorm(dim, eps=config.eps)
-
-    def kv(self, tokens: Tensor) -> KV:
-        """[B, F, W, D] -> keys and values [B, F, W, n, d]."""
-        return self._heads(self.norm_k(self.k(tokens))), self._heads(self.v(tokens))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """x [B, F, P, D] -> [B, F, P, D]"""
-        q = self._heads(self.norm_q(self.q(x)))
+        q = self.queries(x)
         out = self.attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), None)
         return self.o(out.flatten(-2)).unflatten(0, x.shape[:2])
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
 
 
 class AdaIN(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ import torch
 from .. import checkpoint, families, known_weights
 from ..avatar import build_model, config_of
 from .options import dtype_of
-
-PIECE = 1 << 24  # bytes read at once
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,11 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def source_of(path: Path) -> dict[str, str | int]:
     """Name, bytes and SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
 
 
 def licence_note(profile: str) -> str:

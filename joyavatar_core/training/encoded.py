@@ -6,7 +6,6 @@ T pixel frames, H W pixel size.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import multiprocessing
 import os
@@ -95,7 +94,7 @@ class LatentStore:
     @property
     def home(self) -> Path:
         """Where the latents lie; another autoencoder file has another place."""
-        return self.folder / f"latents-{hashlib.sha256(self.weights.read_bytes()).hexdigest()[:12]}"
+        return self.folder / f"latents-{checkpoint.sha256_of(self.weights)[:12]}"
 
     def ready(self) -> list[Path]:
         """Latents there are, in the order of the clips."""

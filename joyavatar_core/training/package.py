@@ -10,7 +10,6 @@ Metadata (recipe, data seed, steps, figures) comes along from the training's own
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import tempfile
@@ -66,7 +65,7 @@ def blend(student: Path, teacher: Path, share: float, out: Path) -> Path:
     if sizes[0] != sizes[1]:
         raise checkpoint.CheckpointError(f"{teacher.name} has other tensors than {student.name}: no teacher of it")
     mixed = {n: (share * ours[n].float() + (1 - share) * theirs[n].float()).to(ours[n].dtype) for n in ours}
-    facts = {"share": share, "with": hashlib.sha256(teacher.read_bytes()).hexdigest()}
+    facts = {"share": share, "with": checkpoint.sha256_of(teacher)}
     checkpoint.write(out, mixed, metadata | {"blend": json.dumps(facts)})
     return out
 

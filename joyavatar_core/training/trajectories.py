@@ -206,7 +206,7 @@ class PairStore:
     @property
     def teacher_hash(self) -> str:
         """SHA-256 of the teacher's file."""
-        return hashlib.sha256(self.teacher.read_bytes()).hexdigest()
+        return checkpoint.sha256_of(self.teacher)
 
     @property
     def home(self) -> Path:

@@ -18,6 +18,19 @@ from joyavatar_core.model import JoyAvatarDiT
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.rollout import Condition, Rollout, RolloutState
 
+WAN = ModelConfig(
+    dim=40,  # head_dim 20: 8 for time, 6 for height and width
+    ffn_dim=56,
+    layers=2,
+    heads=2,
+    in_channels=4,
+    out_channels=4,
+    freq_dim=32,
+    text_dim=12,
+    text_len=8,
+    image_dim=0,
+)
+"""Wan2.1's text to video, small: the sizes that goldens of public implementations were made at."""
 SMALL = ModelConfig(
     dim=24,
     ffn_dim=32,

@@ -29,6 +29,7 @@ from joyavatar_core.policy import POLICIES
 from joyavatar_core.rollout import Condition, Rollout
 from joyavatar_core.wav2vec_frames import Wav2Vec2Frames, Wav2Vec2FramesWhole
 
+from .helpers import WAN as TEXT
 from .helpers import assert_golden, fill
 
 transformers = pytest.importorskip("transformers")
@@ -36,18 +37,6 @@ torch.set_num_threads(2)
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "families.json").read_text(encoding="utf-8"))
 SEED, BLOCKS, SIZE = 7, 6, (4, 6)
-TEXT = ModelConfig(
-    dim=40,
-    ffn_dim=56,
-    layers=2,
-    heads=2,
-    in_channels=4,
-    out_channels=4,
-    freq_dim=32,
-    text_dim=12,
-    text_len=8,
-    image_dim=0,
-)
 PACKED = replace(
     TEXT,
     layers=6,

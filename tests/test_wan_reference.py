@@ -26,22 +26,11 @@ from joyavatar_core.cache import KV
 from joyavatar_core.config import ModelConfig
 from joyavatar_core.model import JoyAvatarDiT, Past
 
+from .helpers import WAN as TEXT
 from .helpers import assert_golden, fill
 
 torch.set_num_threads(2)
 
-TEXT = ModelConfig(
-    dim=40,  # head_dim 20: 8 for time, 6 for height and width
-    ffn_dim=56,
-    layers=2,
-    heads=2,
-    in_channels=4,
-    out_channels=4,
-    freq_dim=32,
-    text_dim=12,
-    text_len=8,
-    image_dim=0,
-)
 IMAGE = replace(TEXT, in_channels=12, image_dim=6)
 TIMESTEPS = [[731.25] * 3, [12.5] * 3]  # of clip 0 and clip 1
 FIRST = [[1000.0, 640.0, 640.0], [930.0, 310.5, 0.0]]

@@ -14,6 +14,7 @@ from joyavatar_core.avatar import load_light_autoencoder
 from joyavatar_core.conditioning import ImageChannels
 from joyavatar_core.training import bidirectional, dmd, trainer
 from joyavatar_core.training.inputs import Inputs
+from joyavatar_core.training.lips import LipLoss, LipReader, Lips
 from joyavatar_core.training.self_forcing import Odds
 
 from .small_training import add_small_preset, random_clips, small_autoencoder, small_training
@@ -118,7 +119,7 @@ def test_distillation_finds_a_known_distribution():
 
 def test_guidance_goes_from_deaf_to_hearing(files: tuple[Path, Path], tmp_path: Path):
     state = distillation(tmp_path, files)
-    inputs, _ = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe)
+    inputs = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe).inputs
     x_t, timesteps = torch.randn(2, 16, 6, 4, 4), torch.tensor([300.0, 900.0])
     with torch.no_grad():
         state.real.float()  # in bfloat16 the sum is rounded elsewhere
@@ -136,18 +137,23 @@ def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path])
     latents, audio = torch.randn(2, 16, 9, 4, 4, requires_grad=True), torch.randn(2, 9, 3, 5)
     channels = ImageChannels(torch.randn(2, 20, 9, 4, 4))
     inputs, weights = Inputs(picture=torch.zeros(2, 1, 8), channels=channels, audio=audio), torch.ones(2, 9, 4, 4)
-    same = dmd.last_latents(latents, inputs, weights, 9, autoencoder)
-    assert same.latents is latents and same.inputs is inputs and same.weights is weights
-    made = dmd.last_latents(latents, inputs, weights, 6, autoencoder)
+    true = Lips(torch.randn(2, 16, 9, 4, 4), torch.arange(9).expand(2, -1), torch.rand(2, 9, 4, 4))
+    given = dmd.Given(inputs, weights, true)
+    same = dmd.last_latents(latents, given, 9, autoencoder)
+    assert same.latents is latents and same.given is given
+    made = dmd.last_latents(latents, given, 6, autoencoder)
+    inputs, lips = made.given.inputs, made.given.lips
     assert torch.equal(made.latents[:, :, 1:], latents[:, :, 4:])
-    assert made.inputs.audio is not None and torch.equal(made.inputs.audio, audio[:, 3:])
-    assert made.inputs.channels is not None and made.inputs.channels.at([0]).shape == (2, 20, 1, 4, 4)
-    assert torch.equal(made.latents[:, :, 0], made.inputs.channels.picture)
-    dmd.distribution_loss(made.latents, torch.ones_like(made.latents), made.weights).backward()
+    assert inputs.audio is not None and torch.equal(inputs.audio, audio[:, 3:])
+    assert inputs.channels is not None and inputs.channels.at([0]).shape == (2, 20, 1, 4, 4)
+    assert torch.equal(made.latents[:, :, 0], inputs.channels.picture)
+    assert lips is not None and torch.equal(lips.latents, true.latents[:, :, 3:]) and lips.frames[0, 0] == 3
+    assert torch.equal(lips.mouth, true.mouth[:, 3:])
+    dmd.distribution_loss(made.latents, torch.ones_like(made.latents), made.given.weights).backward()
     assert latents.grad is not None and not latents.grad[:, :, :4].any() and latents.grad[:, :, 4:].all()
     assert weights.all()
     with pytest.raises(ValueError, match="9 latents is shorter than the 12"):
-        dmd.last_latents(latents, inputs, weights, 12, autoencoder)
+        dmd.last_latents(latents, given, 12, autoencoder)
 
 
 # Training
@@ -172,14 +178,30 @@ def test_only_what_should_move_moves(tmp_path: Path, files: tuple[Path, Path], o
 
 def test_block_by_block_gives_the_same_step(tmp_path: Path, files: tuple[Path, Path]):
     masters = []
+    torch.manual_seed(0)
+    judge = LipLoss(LipReader(16).eval().requires_grad_(False), 0.1, 3.0)
     for block_by_block in (False, True):
         state = distillation(tmp_path, files, block_by_block=block_by_block, clip_norm=1e9)
+        state.judge = judge
         state.learner.model.float(), state.critic.model.float(), state.real.float()
         state._teach_generator()
         masters.append({n: p.grad for n, p in state.learner.weights.master.items() if p.grad is not None})
     assert masters[0].keys() == masters[1].keys() and masters[0]
     for name, gradient in masters[0].items():
         assert torch.allclose(gradient, masters[1][name], atol=1e-6, rtol=1e-3), name
+
+
+def test_a_judge_of_lips_pulls_them_to_the_true_ones(tmp_path: Path, files: tuple[Path, Path]):
+    """With hardly anything but the judge, a step leaves lips that read more like the clips'."""
+    torch.manual_seed(0)
+    odds = Odds(main=0, substep=0, noisy_motion=0, blocks=(7, 7))
+    state = distillation(tmp_path, files, critic_steps=1, learning_rate=1e-3, betas=(0.9, 0.98), odds=odds)
+    state.judge = LipLoss(LipReader(16).eval().requires_grad_(False), 1000.0, 1.0)
+    lips = []
+    for _ in range(20):
+        state.steps = 4  # the same draws again
+        lips.append(trainer.train_step(state)["lips"])
+    assert lips[-1] < 0.8 * lips[0]
 
 
 def test_two_and_two_steps_are_four(tmp_path: Path, files: tuple[Path, Path]):

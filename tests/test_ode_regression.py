@@ -299,7 +299,7 @@ def test_a_batch_stands_on_the_trajectories(store: PairStore):
 
 def small_regression(tmp_path: Path, store: PairStore, **options: Any) -> ode_regression.Training:
     recipe = ode_regression.Recipe(tokens=200, held_out=2, warmup_steps=1, average=0.5, **options)
-    return ode_regression.begin(recipe, tmp_path, (random_clips(6), WIDE), store)
+    return ode_regression.begin(recipe, tmp_path, (random_clips(6), WIDE), (random_clips(6), WIDE), store)
 
 
 def test_the_teacher_knows_the_end_better_the_closer_it_is(tmp_path: Path, store: PairStore):

@@ -24,13 +24,15 @@ from .sequences import Layout, Mixture, sample_latents, sample_levels
 class Batch:
     """Sequences of one layout, latent frames `frames` [B, F] of the clips `clips` [B].
 
-    x0, noise [B, C, F, h, w]; channels: mask and image channels, the same but for C; image: reference tokens
+    true, x0, noise [B, C, F, h, w]: latents of the true clips, those to be learnt, mostly the same, and what they are
+    mixed with; channels: mask and image channels, the same but for C; image: reference tokens
     [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F].
     """
 
     layout: Layout
     clips: Tensor
     frames: Tensor
+    true: Tensor
     x0: Tensor
     noise: Tensor
     channels: Tensor
@@ -54,6 +56,7 @@ def make_batch(
         layout=layout,
         clips=clips,
         frames=frames,
+        true=x0,
         x0=x0,
         noise=torch.randn(x0.shape, generator=generator),
         channels=data.image_channels(clips, frames, 4),
@@ -121,10 +124,14 @@ def squared_error(batch: Batch, v: Tensor) -> Tensor:
     return (v - flow.velocity(batch.x0, batch.noise)).square().mean(dim=1)
 
 
+def clean(batch: Batch, v: Tensor) -> Tensor:
+    """The clean latents [B, C, F, h, w] that a velocity implies."""
+    return flow.to_x0(flow.add_noise(batch.x0, batch.noise, batch.timesteps), v, batch.timesteps)
+
+
 def x0_error(batch: Batch, v: Tensor) -> Tensor:
     """Squared error of the clean latents that the velocity implies, mean over channels: [B, F, h, w]."""
-    x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
-    return (flow.to_x0(x_t, v, batch.timesteps) - batch.x0).square().mean(dim=1)
+    return (clean(batch, v) - batch.x0).square().mean(dim=1)
 
 
 def without_sound(batch: Batch, deaf: Tensor) -> Batch:

@@ -138,6 +138,15 @@ def read_clip(path: Path) -> StoredClip:
     )
 
 
+def read_pose(path: Path) -> Tensor:
+    """[T, P] the poses of a stored clip alone. OSError for a file that is not one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("pose")
+    except SafetensorError as error:
+        raise OSError(f"{path} is not a stored clip ({error}): delete it and draw the clips again") from error
+
+
 def list_clips(folder: Path) -> list[Path]:
     """Clips in a folder, by seed. ValueError when there are none."""
     paths = sorted(folder.glob("clip_*.safetensors"))

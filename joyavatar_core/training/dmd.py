@@ -1,13 +1,14 @@
 """Distribution matching distillation of the streaming generator by its own rollouts (JoyAvatar-Flash 4.1).
 
     python -m joyavatar_core.training.dmd --initial GENERATOR --teacher FILE --autoencoder FILE --clips CLIPS --out DIR
-        --minutes 40 [--resume]
+        --minutes 40 [--lips FILE] [--resume]
 
 Three models. The generator makes clips as at inference, by `self_forcing.roll_out`: the joint main branch or the
 block-wise auxiliary one, sub-steps of PSB drawn at random, the gradient through one forward a block. The real score,
 the frozen teacher of `bidirectional`, and the fake score, the critic, which learns by flow matching what the generator
 makes just now, say where a noised clip came from; the generator moves along their difference (Yin et al. 2023, 2024;
-Self-Forcing). Nothing but pictures and sounds is taken from the clips. In DIR the files of every training (`trainer`).
+Self-Forcing). Nothing but pictures and sounds is taken from the clips, unless there is a judge of lips (`lips`): then
+what the generator makes is to have the lips of the clip. In DIR the files of every training (`trainer`).
 
 Shape legend: B batch, C latent channels, F latent frames of a clip, h w latent size, W audio tokens of a latent.
 """
@@ -34,6 +35,7 @@ from .batches import weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .encoded import EncodedClips
 from .inputs import Inputs, guided, velocity
+from .lips import LipLoss, Lips, load_lip_loss
 from .self_forcing import History, Odds, block_gradients, draw, roll_out
 
 
@@ -47,6 +49,7 @@ class Recipe(flow_matching.Recipe):
     latents: what the scores see of a rollout: its last latents. odds: of the kinds of rollouts.
     history: level at which the auxiliary branch keeps keys and values (`self_forcing.roll_out`). block_by_block: the
     gradient of one forward at a time (Live Avatar, algorithm 2): less memory, more forwards of the scores.
+    lip_weight: of the judge's loss; shut: how much more frames count in which lips touch (`lips.LipLoss`).
     """
 
     minutes: float = 40.0
@@ -61,6 +64,8 @@ class Recipe(flow_matching.Recipe):
     odds: Odds = field(default_factory=Odds)
     history: History = "policy"
     block_by_block: bool = False
+    lip_weight: float = 0.05
+    shut: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,12 +74,30 @@ class Recipe(flow_matching.Recipe):
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What the scores see: latents [B, C, F, h, w], what they were made for, weights [B, F, h, w] of the gradient."""
+class Given:
+    """What clips give a rollout, weights [B, F, h, w] of its gradient, and the lips wanted, where they are known."""
 
-    latents: Tensor
     inputs: Inputs
     weights: Tensor
+    lips: Lips | None = None
+
+    def last(self, count: int, channels: ImageChannels) -> Given:
+        """Of the last `count` latents, under other image channels; the first of them without gradient."""
+        cut, inputs = self.weights.shape[1] - count, self.inputs
+        audio = None if inputs.audio is None else inputs.audio[:, cut:]
+        valid = None if inputs.valid is None else inputs.valid[cut:]
+        weights = self.weights[:, cut:].clone()
+        weights[:, 0] = 0
+        lips = None if self.lips is None else self.lips.part(cut)
+        return Given(replace(inputs, channels=channels, audio=audio, valid=valid), weights, lips)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the scores see: latents [B, C, F, h, w], and what they were made for."""
+
+    latents: Tensor
+    given: Given
 
 
 # Scores
@@ -105,16 +128,14 @@ def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: 
     """Flow matching on what the generator makes; made.latents without gradient."""
     each = timesteps[:, None].expand(-1, noise.shape[2])
     x_t = flow.add_noise(made.latents, noise, each)
-    error = (velocity(model, x_t, each, made.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
-    return weighted_mean(error, made.weights * timestep_weights(model, timesteps))
+    error = (velocity(model, x_t, each, made.given.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
+    return weighted_mean(error, made.given.weights * timestep_weights(model, timesteps))
 
 
 # Clips for the scores
 
 
-def last_latents(
-    latents: Tensor, inputs: Inputs, weights: Tensor, count: int, autoencoder: LightAutoencoder
-) -> Generated:
+def last_latents(latents: Tensor, given: Given, count: int, autoencoder: LightAutoencoder) -> Generated:
     """The last `count` latents of a rollout as a clip of their own, as the scores know clips.
 
     A clip begins with a latent of one pixel frame. Of a longer rollout, the frame before the last count - 1 latents is
@@ -125,17 +146,12 @@ def last_latents(
     if cut < 0:
         raise ValueError(f"a rollout of {latents.shape[2]} latents is shorter than the {count} that the scores see")
     if not cut:
-        return Generated(latents, inputs, weights)
+        return Generated(latents, given)
     with torch.no_grad():
         picture = autoencoder.decode(latents[:, :, : cut + 1].float())[:, :, -1]
         channels = image_channels(autoencoder, picture)
     first = channels.picture[:, :, None].to(latents)
-    clip = torch.cat([first, latents[:, :, cut + 1 :]], dim=2)
-    audio = None if inputs.audio is None else inputs.audio[:, cut : cut + count]
-    valid = None if inputs.valid is None else inputs.valid[cut : cut + count]
-    weights = weights[:, cut:].clone()
-    weights[:, 0] = 0
-    return Generated(clip, replace(inputs, channels=channels, audio=audio, valid=valid), weights)
+    return Generated(torch.cat([first, latents[:, :, cut + 1 :]], dim=2), given.last(count, channels))
 
 
 # Training
@@ -143,11 +159,15 @@ def last_latents(
 
 @dataclass(kw_only=True)
 class Training(flow_matching.Training[Recipe]):
-    """Distillation with `real` as the real score; the learner is the generator, `critic` the fake score."""
+    """Distillation with `real` as the real score; the learner is the generator, `critic` the fake score.
+
+    judge: of the lips, if there is one.
+    """
 
     critic: trainer.Learner
     real: JoyAvatarDiT
     autoencoder: LightAutoencoder
+    judge: LipLoss | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
     def learners(self) -> dict[str, trainer.Learner]:
@@ -171,14 +191,20 @@ class Training(flow_matching.Training[Recipe]):
 
     def _teach_generator(self) -> Generated:
         """The generator moves along the difference of the scores; what it made, without gradient."""
-        made, distances = None, []
+        made, distances, lips = None, [], []
         for made in self._rollouts(gradient=True):
             direction = self._direction(made)
             distances.append(direction.abs().mean().item())
-            distribution_loss(made.latents, direction, made.weights).backward()
+            loss = distribution_loss(made.latents, direction, made.given.weights)
+            if self.judge and made.given.lips:
+                lips.append(self.judge(made.latents, made.given.lips, made.given.weights.amax((2, 3)).sign()))
+                loss = loss + lips[-1]
+            loss.backward()
         assert made is not None
         norm = self.learner.update(self.recipe, self.rate_scale, self.steps)
         self.figures = {"norm": norm, "distance": sum(distances) / len(distances)}
+        if lips:
+            self.figures["lips"] = float(torch.stack(lips).mean().detach())
         return replace(made, latents=made.latents.detach())
 
     @torch.no_grad()
@@ -187,8 +213,8 @@ class Training(flow_matching.Training[Recipe]):
         timesteps, noise = self._noise(made, "scores")
         x = made.latents.detach()
         x_t = flow.add_noise(x, noise, timesteps[:, None].expand(-1, x.shape[2]))
-        real = clean(self.real, x_t, timesteps, made.inputs, self.recipe.guidance)
-        return distribution_gradient(x, real, clean(self.critic.model, x_t, timesteps, made.inputs))
+        real = clean(self.real, x_t, timesteps, made.given.inputs, self.recipe.guidance)
+        return distribution_gradient(x, real, clean(self.critic.model, x_t, timesteps, made.given.inputs))
 
     def _noise(self, made: Generated, purpose: str) -> tuple[Tensor, Tensor]:
         """Timesteps [B] and noise for a score: a function of the step, the process and the purpose."""
@@ -202,20 +228,19 @@ class Training(flow_matching.Training[Recipe]):
         """The generator's clips of this step, as the scores see them: one, or one for each block with a gradient."""
         common, own = self.draws()
         drawn = draw(common, self.policy, self.recipe.odds)
-        inputs, weights = self._given(drawn.blocks * self.policy.block_latents, common, own)
-        geometry = self._geometry(weights)
+        given = self._given(drawn.blocks * self.policy.block_latents, common, own)
         drawn = replace(drawn, seed=own.randrange(2**31))
-        given = (self.model, self.policy, geometry, inputs, drawn)
+        rollout = (self.model, self.policy, self._geometry(given.weights), given.inputs, drawn)
         history, dtype = self.recipe.history, self.model.compute or next(self.model.parameters()).dtype
         if gradient and self.recipe.block_by_block:
-            samples = block_gradients(*given, history=history, dtype=dtype)
+            samples = block_gradients(*rollout, history=history, dtype=dtype)
         else:
-            samples = iter([roll_out(*given, gradient=gradient, history=history, dtype=dtype)])
+            samples = iter([roll_out(*rollout, gradient=gradient, history=history, dtype=dtype)])
         for sample in samples:
-            yield last_latents(sample.latents, inputs, weights, self.recipe.latents, self.autoencoder)
+            yield last_latents(sample.latents, given, self.recipe.latents, self.autoencoder)
 
-    def _given(self, latents: int, common: random.Random, own: random.Random) -> tuple[Inputs, Tensor]:
-        """What this step's clips give rollouts of so many latents, and weights [B, F, h, w] of their gradient."""
+    def _given(self, latents: int, common: random.Random, own: random.Random) -> Given:
+        """What this step's clips give rollouts of so many latents."""
         layout, patch = whole_clips(self.policy, latents), self.model.config.patch
         data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
         return conditions(data, clips, latents, patch, self.recipe)
@@ -245,10 +270,8 @@ def _deviation(latents: Tensor, where: Tensor) -> float:
     return float(weighted_mean(latents.std(dim=1).mean(dim=1), cells))
 
 
-def conditions(
-    data: EncodedClips, clips: Tensor, latents: int, patch: tuple[int, int], recipe: Recipe
-) -> tuple[Inputs, Tensor]:
-    """What clips [B] give a rollout of so many latents, and the weights [B, F, h, w] of its gradient, 1 on average."""
+def conditions(data: EncodedClips, clips: Tensor, latents: int, patch: tuple[int, int], recipe: Recipe) -> Given:
+    """What clips [B] give a rollout of so many latents; the weights of its gradient are 1 on average."""
     frames = torch.arange(latents)[None].expand(len(clips), -1)
     channels = data.image_channels(clips, frames, TEMPORAL)
     picture = reference_tokens(data.image[clips, 0].float(), patch)
@@ -256,11 +279,18 @@ def conditions(
     mouth, eyes = data.mouth[rows, frames].float(), data.eyes[rows, frames].float()
     weights = 1 + (recipe.mouth - 1) * mouth + (recipe.eyes - 1) * eyes
     inputs = Inputs(picture=picture, channels=ImageChannels(channels), audio=data.audio[rows, frames].float())
-    return inputs, weights / weights.mean()
+    true = data.latents[rows, frames].float().transpose(1, 2)
+    return Given(inputs, weights / weights.mean(), Lips(true, frames, mouth))
 
 
 def begin(
-    recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path, teacher: Path, autoencoder: Path
+    recipe: Recipe,
+    out: Path,
+    data: tuple[EncodedClips, ...],
+    start: Path,
+    teacher: Path,
+    autoencoder: Path,
+    judge: LipLoss | None = None,
 ) -> Training:
     """A distillation at step 0: the generator from `start`, both scores from the teacher; ears stay as they are."""
     state = flow_matching.begin(recipe, out, data, start=start)
@@ -272,6 +302,7 @@ def begin(
         critic=trainer.learner(fake, recipe, recipe.critic_rate),
         real=real.eval().requires_grad_(False),
         autoencoder=decoder,
+        judge=judge,
     )
 
 
@@ -286,17 +317,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--critic-rate", type=float)
     parser.add_argument("--critic-steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     parser.add_argument("--history", choices=("policy", "clean", "exit"))
     parser.add_argument("--block-by-block", action="store_true", default=None)
     options, recipe = trainer.parse(parser, Recipe, arguments)
-    flow_matching.train(
-        recipe,
-        options.out,
-        options.clips,
-        options.autoencoder,
-        lambda data: begin(recipe, options.out, data, options.initial, options.teacher, options.autoencoder),
-        options.resume,
-    )
+
+    def start(data: tuple[EncodedClips, ...]) -> Training:
+        files = (options.initial, options.teacher, options.autoencoder)
+        judge = load_lip_loss(options.lips, recipe.lip_weight, recipe.shut) if options.lips else None
+        return begin(recipe, options.out, data, *files, judge)
+
+    flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)
 
 
 if __name__ == "__main__":

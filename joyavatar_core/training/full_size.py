@@ -286,9 +286,9 @@ class Distillation(dmd.Training):
         """Nothing: the saved files are measured, with joyavatar evaluate."""
         return {}
 
-    def _given(self, latents: int, common: random.Random, own: random.Random) -> tuple[Inputs, Tensor]:
+    def _given(self, latents: int, common: random.Random, own: random.Random) -> dmd.Given:
         given = self.source.at(self.steps, latents)
-        return given.inputs, given.weights
+        return dmd.Given(given.inputs, given.weights)
 
 
 # Commands

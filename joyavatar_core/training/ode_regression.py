@@ -1,12 +1,14 @@
 """Teaches the transformer its own flow in few steps: regression on ODE trajectories at the levels of PSB.
 
     python -m joyavatar_core.training.ode_regression --teacher FILE --autoencoder FILE --clips CLIPS --out DIR
-        --pairs 300 --minutes 20 [--resume]
+        --pairs 300 --minutes 20 [--lips FILE] [--initial FILE] [--resume]
 
 The stage between `flow_matching` and distillation (CausVid; Self-Forcing's ODE start; JoyAvatar-Flash section 4.1).
 The teacher, a transformer of `flow_matching`, rolls out every clip in many Euler steps (`trajectories`; files beside
 the clips, those that are there are skipped). The student begins with the teacher's weights and learns to say from
-every level, in one step, where the trajectory ends. In DIR the files of every training (`trainer`).
+every level, in one step, where the trajectory ends. A judge of lips (`lips`) may have a say: then what the student
+shows of a mouth also has to read as the sound asks, whatever the teacher made of it. In DIR the files of every training
+(`trainer`).
 
 Shape legend: B batch, C latent channels, F latent frames of a sequence, h w latent size.
 """
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +30,9 @@ from ..policy import policy as policy_named
 from . import parallel, preview, trainer
 from .batches import (
     Batch,
+    Framing,
     by_level,
+    clean,
     draw_clips,
     loss_weights,
     make_batch,
@@ -41,6 +45,7 @@ from .clips import list_clips
 from .common import record
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
+from .lips import LipLoss, Lips, load_lip_loss
 from .sequences import Layout, attend, sample_layout
 from .trajectories import Pairs, PairStore
 
@@ -51,7 +56,8 @@ class Recipe(trainer.Recipe):
 
     pairs: trajectories, one of each of the first clips. ode_steps: Euler steps of a trajectory, a multiple of the
     number of PSB levels. guidance: of the trajectories, from deaf to hearing, 1: not beyond; the student has it for
-    nothing. flow_share: odds that a batch is one of flow matching on the true clips, against drift.
+    nothing. flow_share: odds that a batch is one of true clips, against drift; of all clips that are encoded.
+    lip_weight: of the judge's loss; shut: how much more frames count in which lips touch (`lips.LipLoss`).
     """
 
     minutes: float = 20.0
@@ -60,6 +66,9 @@ class Recipe(trainer.Recipe):
     ode_steps: int = 24
     guidance: float = 2.0
     flow_share: float = 0.1
+    framing: Framing = field(default_factory=lambda: Framing(close_ups=0.0))
+    lip_weight: float = 0.05
+    shut: float = 3.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,30 +78,38 @@ class Recipe(trainer.Recipe):
 
 @dataclass(kw_only=True)
 class Training(trainer.Supervised[Recipe]):
-    """Regression on `pairs`, and a little flow matching on the clips they were made of.
+    """Regression on `pairs`, and a little flow matching on the true clips, `data`; a part for each size.
 
-    data and pairs have the same clips, one part for each size.
+    judge: of the lips, if there is one.
     """
 
     data: tuple[EncodedClips, ...]
     pairs: tuple[Pairs, ...]
     held_out: Pairs
+    judge: LipLoss | None = None
 
     def batch(self) -> Batch:
         """Sequences of one layout and one size, on the trajectories or, now and then, as in flow matching."""
         (common, own), mixture = self.draws(), self.recipe.mixture
         truth = common.random() < self.recipe.flow_share
         layout, patch = sample_layout(common, self.policy, mixture), self.model.config.patch
-        (part,) = common.choices(range(len(self.data)), [len(data) for data in self.data])
-        data, pairs, seed = self.data[part], self.pairs[part], own.randrange(2**31)
-        clips = draw_clips(own, layout, len(data), self.tokens, data.tokens(patch))
         if truth:
-            return make_batch(data, layout, clips, patch, mixture, seed)
+            data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
+            return make_batch(data, layout, clips, patch, mixture, own.randrange(2**31))
+        (pairs,) = common.choices(self.pairs, [len(part) for part in self.pairs])
+        seed = own.randrange(2**31)
+        clips = draw_clips(own, layout, len(pairs), self.tokens, pairs.clips.tokens(patch))
         return pairs.on_trajectory(make_batch(pairs.clips, layout, clips, patch, replace(mixture, exact=1.0), seed))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of the clean latents."""
-        return regression_loss(batch, predict(self.model, batch), self.recipe)
+        """Of the clean latents, and of the lips in the window."""
+        v = predict(self.model, batch)
+        loss = regression_loss(batch, v, self.recipe)
+        if self.judge is None:
+            return loss
+        counts = torch.ones(batch.frames.shape)
+        counts[:, : batch.layout.lead] = 0
+        return loss + self.judge(clean(batch, v), Lips(batch.true, batch.frames, batch.mouth), counts)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -115,13 +132,21 @@ def regression_loss(batch: Batch, v: Tensor, recipe: trainer.Recipe) -> Tensor:
     return weighted_mean(x0_error(batch, v), loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past))
 
 
-def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], store: PairStore) -> Training:
-    """A student at step 0, with the teacher's weights; the pairs of all clips must be there.
+def begin(
+    recipe: Recipe,
+    out: Path,
+    data: tuple[EncodedClips, ...],
+    paired: tuple[EncodedClips, ...],
+    store: PairStore,
+    start: Path | None = None,
+) -> Training:
+    """A student at step 0, with the teacher's weights or those of `start`.
 
-    What the teacher hears, its audio projector, stays as it is.
+    data: true clips; paired: the clips whose pairs are there. Of each the same are held out. What the student hears
+    with, its audio projector, stays as it is.
     """
-    data, held_out = hold_out(data, recipe.held_out)
-    model = load_model(store.teacher, attention=attend).bfloat16()
+    (data, _), (paired, held_out) = (hold_out(clips, recipe.held_out) for clips in (data, paired))
+    model = load_model(start or store.teacher, attention=attend).bfloat16()
     model.proj_model.requires_grad_(False)
     return Training(
         recipe=recipe,
@@ -129,7 +154,7 @@ def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], store: Pair
         learner=trainer.learner(model, recipe),
         policy=store.policy,
         data=data,
-        pairs=tuple(store.load(part) for part in data),
+        pairs=tuple(store.load(part) for part in paired),
         held_out=store.load(held_out),
     )
 
@@ -145,10 +170,21 @@ def make_pairs(store: PairStore, data: tuple[EncodedClips, ...], spatial: int) -
         store.make(model, clips, geometry)
 
 
-def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, teacher: Path, again: bool = False) -> None:
+def train(
+    recipe: Recipe,
+    out: Path,
+    clips: Path,
+    autoencoder: Path,
+    teacher: Path,
+    again: bool = False,
+    *,
+    lips: Path | None = None,
+    start: Path | None = None,
+) -> None:
     """Make the pairs that are missing, then train for recipe.minutes of wall-clock time (all sessions together).
 
-    The policy is the teacher's. ValueError when there are fewer clips than pairs wanted.
+    The policy is the teacher's. lips: file of a judge; start: student to go on from. ValueError when there are fewer
+    clips than pairs wanted.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = list_clips(clips)
@@ -156,17 +192,17 @@ def train(recipe: Recipe, out: Path, clips: Path, autoencoder: Path, teacher: Pa
         raise ValueError(f"{recipe.pairs} pairs need as many clips, {clips} has {len(paths)}: draw more or take fewer")
     recipe = replace(recipe, policy=checkpoint.read(teacher)[1].get("policy", recipe.policy))
     decoder, patch = load_light_autoencoder(autoencoder), load_model(teacher).config.patch
-    latents = LatentStore(paths[: recipe.pairs], clips, autoencoder, patch)
+    latents = LatentStore(paths, clips, autoencoder, patch)
     if not parallel.rank():
-        latents.encode()
+        latents.encode(recipe.pairs)
     parallel.wait()
-    data, store = (
-        latents.load(),
-        PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps, recipe.guidance),
-    )
-    make_pairs(store, data, decoder.spatial)
+    data, paired = latents.load(), replace(latents, paths=paths[: recipe.pairs]).load()
+    store = PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps, recipe.guidance)
+    make_pairs(store, paired, decoder.spatial)
     parallel.wait()
-    state = begin(recipe, out, data, store)
+    state = begin(recipe, out, data, paired, store, start)
+    if lips:
+        state.judge = load_lip_loss(lips, recipe.lip_weight, recipe.shut)
     if again:
         trainer.resume(state)
     elif not parallel.rank():
@@ -185,8 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ode-steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--flow-share", type=float)
+    parser.add_argument("--initial", type=Path, help="student to go on from, in place of the teacher's weights")
+    parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     options, recipe = trainer.parse(parser, Recipe, arguments)
-    train(recipe, options.out, options.clips, options.autoencoder, options.teacher, options.resume)
+    folders = (options.out, options.clips, options.autoencoder, options.teacher)
+    train(recipe, *folders, options.resume, lips=options.lips, start=options.initial)
 
 
 if __name__ == "__main__":

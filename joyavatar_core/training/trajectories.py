@@ -162,9 +162,11 @@ def follow(rollout: Trace, state: RolloutState, blocks: int) -> Trajectory:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Trajectories of N clips: `clips` with the ends in place of their latents, and the files of the states."""
+    """Trajectories of N clips: `clips` with the ends in place of their latents, the true latents [N, F, C, h, w], and
+    the files of the states."""
 
     clips: EncodedClips
+    true: Tensor
     paths: tuple[Path, ...]
     policy: RolloutPolicy
 
@@ -174,7 +176,7 @@ class Pairs:
     def on_trajectory(self, batch: Batch) -> Batch:
         """A batch of `clips` whose window stands on the trajectories, at the levels of its layout.
 
-        The noise becomes the one that leads from the end to the state there.
+        The noise becomes the one that leads from the end to the state there; the batch knows the true latents.
         """
         window, n = slice(batch.layout.lead, None), batch.layout.policy.block_latents
         rungs = [levels(self.policy.timesteps).index(t) for t in batch.layout.timesteps for _ in range(n)]
@@ -184,7 +186,8 @@ class Pairs:
         x_t, end = torch.stack(states).float().transpose(1, 2), batch.x0[:, :, window]
         noise = batch.noise.clone()
         noise[:, :, window] = end + flow.to_velocity(x_t, end, batch.timesteps[:, window])
-        return replace(batch, noise=noise)
+        true = self.true[batch.clips[:, None], batch.frames].float().transpose(1, 2)
+        return replace(batch, noise=noise, true=true)
 
     def _states(self, clip: int, rungs: list[int], frames: list[int]) -> Tensor:
         """[F, C, h, w]"""
@@ -241,4 +244,4 @@ class PairStore:
                 raise OSError(f"no trajectory of clip {seed} in {self.home}: make the pairs first")
             with safe_open(path, "pt") as file:
                 ends.append(file.get_tensor("end"))
-        return Pairs(replace(clips, latents=torch.stack(ends)), paths, self.policy)
+        return Pairs(replace(clips, latents=torch.stack(ends)), clips.latents, paths, self.policy)

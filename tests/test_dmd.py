@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path])
     latents, audio = torch.randn(2, 16, 9, 4, 4, requires_grad=True), torch.randn(2, 9, 3, 5)
     channels = ImageChannels(torch.randn(2, 20, 9, 4, 4))
     inputs, weights = Inputs(picture=torch.zeros(2, 1, 8), channels=channels, audio=audio), torch.ones(2, 9, 4, 4)
-    true = Lips(torch.randn(2, 16, 9, 4, 4), torch.arange(9).expand(2, -1), torch.rand(2, 9, 4, 4))
+    true = Lips(torch.arange(9).expand(2, -1), torch.rand(2, 9, 4, 4), torch.rand(2, 9, 4, 3))
     given = dmd.Given(inputs, weights, true)
     same = dmd.last_latents(latents, given, 9, autoencoder)
     assert same.latents is latents and same.given is given
@@ -147,7 +148,8 @@ def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path])
     assert inputs.audio is not None and torch.equal(inputs.audio, audio[:, 3:])
     assert inputs.channels is not None and inputs.channels.at([0]).shape == (2, 20, 1, 4, 4)
     assert torch.equal(made.latents[:, :, 0], inputs.channels.picture)
-    assert lips is not None and torch.equal(lips.latents, true.latents[:, :, 3:]) and lips.frames[0, 0] == 3
+    assert lips is not None and true.wanted is not None and lips.wanted is not None
+    assert torch.equal(lips.wanted, true.wanted[:, 3:]) and lips.frames[0, 0] == 3
     assert torch.equal(lips.mouth, true.mouth[:, 3:])
     dmd.distribution_loss(made.latents, torch.ones_like(made.latents), made.given.weights).backward()
     assert latents.grad is not None and not latents.grad[:, :, :4].any() and latents.grad[:, :, 4:].all()
@@ -202,6 +204,19 @@ def test_a_judge_of_lips_pulls_them_to_the_true_ones(tmp_path: Path, files: tupl
         state.steps = 4  # the same draws again
         lips.append(trainer.train_step(state)["lips"])
     assert lips[-1] < 0.8 * lips[0]
+
+
+def test_new_speech_brings_its_lips(tmp_path: Path, files: tuple[Path, Path]):
+    """The same pictures, another sound at every step, and the true lips of that sound; the same at the same step."""
+    state = distillation(tmp_path, files)
+    given = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe)
+    anew = dmd.spoken_anew(given, 6, random.Random(1))
+    assert anew.inputs.picture is given.inputs.picture and anew.weights is given.weights
+    assert anew.inputs.audio is not None and anew.inputs.audio.shape == (2, 6, 10, 256)
+    assert anew.lips is not None and anew.lips.wanted is not None and anew.lips.wanted.shape == (2, 6, 4, 3)
+    again, other = (dmd.spoken_anew(given, 6, random.Random(seed)) for seed in (1, 2))
+    assert again.inputs.audio is not None and torch.equal(again.inputs.audio, anew.inputs.audio)
+    assert other.inputs.audio is not None and not torch.equal(other.inputs.audio, anew.inputs.audio)
 
 
 def test_two_and_two_steps_are_four(tmp_path: Path, files: tuple[Path, Path]):

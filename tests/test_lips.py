@@ -23,27 +23,29 @@ def small_preset(monkeypatch: pytest.MonkeyPatch):
     add_small_preset(monkeypatch)
 
 
-def shown(frames: Tensor, mouth: tuple[slice, slice] = (slice(5, 7), slice(3, 5)), size: int = 10) -> Lips:
+def shown(
+    frames: Tensor, mouth: tuple[slice, slice] = (slice(5, 7), slice(3, 5)), size: int = 10
+) -> tuple[Tensor, Lips]:
     """Random latents of 4 channels, mouths in some cells."""
     where = torch.zeros(*frames.shape, size, size)
     where[:, :, mouth[0], mouth[1]] = 1.0
-    return Lips(torch.randn(len(frames), 4, frames.shape[1], size, size), frames, where)
+    return torch.randn(len(frames), 4, frames.shape[1], size, size), Lips(frames, where)
 
 
 def test_the_window_holds_the_mouth():
-    some = shown(torch.arange(3).expand(2, -1))
-    found = lips.windows(some.latents, some.mouth)
+    latents, some = shown(torch.arange(3).expand(2, -1))
+    found = lips.windows(latents, some.mouth)
     assert found.shape == (6, 4, 6, 6)
-    assert torch.equal(found[4], some.latents[1, :, 1, 3:9, 1:7])  # the middle is (6, 4)
+    assert torch.equal(found[4], latents[1, :, 1, 3:9, 1:7])  # the middle is (6, 4)
 
 
 def test_beyond_the_picture_there_is_nothing():
-    some = shown(torch.arange(1)[None], (slice(9, 10), slice(0, 1)))
-    found = lips.windows(some.latents, some.mouth)[0]
+    latents, some = shown(torch.arange(1)[None], (slice(9, 10), slice(0, 1)))
+    found = lips.windows(latents, some.mouth)[0]
     assert not found[:, 4:].any() and not found[:, :, :2].any()
     assert found[:, :3, 3:].all()
-    nowhere = lips.windows(some.latents, torch.zeros_like(some.mouth))[0]
-    assert torch.equal(nowhere, some.latents[0, :, 0, 2:8, 2:8])  # the middle of the picture
+    nowhere = lips.windows(latents, torch.zeros_like(some.mouth))[0]
+    assert torch.equal(nowhere, latents[0, :, 0, 2:8, 2:8])  # the middle of the picture
 
 
 def test_a_latent_is_read_beside_the_one_before_it_if_it_is_there():
@@ -52,13 +54,13 @@ def test_a_latent_is_read_beside_the_one_before_it_if_it_is_there():
     for layer in reader.person:
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.zeros_(layer.weight)  # the mean of all latents would tell of each
-    some = shown(torch.tensor([[0, 1, 7, 8]]))
-    other = replace(some, latents=some.latents.clone())
-    other.latents[:, :, 1] += 1
-    changed = (reader(some.latents, some) - reader(other.latents, some)).abs().amax((0, 2, 3)) > 1e-6
+    latents, some = shown(torch.tensor([[0, 1, 7, 8]]))
+    other = latents.clone()
+    other[:, :, 1] += 1
+    changed = (reader(latents, some) - reader(other, some)).abs().amax((0, 2, 3)) > 1e-6
     assert changed.tolist() == [False, True, False, False]
     together = replace(some, frames=torch.tensor([[0, 1, 2, 8]]))
-    changed = (reader(some.latents, together) - reader(other.latents, together)).abs().amax((0, 2, 3)) > 1e-6
+    changed = (reader(latents, together) - reader(other, together)).abs().amax((0, 2, 3)) > 1e-6
     assert changed.tolist() == [False, True, True, False]
 
 
@@ -73,9 +75,10 @@ def test_lips_that_should_touch_count_more():
 def test_the_loss_is_nothing_for_the_true_lips_and_moves_what_counts():
     torch.manual_seed(0)
     judge = LipLoss(LipReader(4).eval().requires_grad_(False), 0.5, 1.0)
-    some = shown(torch.tensor([[0, 1, 5, 6]]))
-    assert judge(some.latents, some, torch.ones(1, 4)) == 0
-    made = torch.randn(some.latents.shape, requires_grad=True)
+    latents, some = shown(torch.tensor([[0, 1, 5, 6]]))
+    some = judge.seen(latents, some)
+    assert judge(latents, some, torch.ones(1, 4)) == 0
+    made = torch.randn(latents.shape, requires_grad=True)
     judge(made, some, torch.tensor([[0.0, 0.0, 1.0, 1.0]])).backward()
     assert made.grad is not None
     near = made.grad[0, :, 2:, 3:9, 1:7].abs().mean()
@@ -102,9 +105,9 @@ def test_a_step_makes_the_error_small():
     optimiser = torch.optim.AdamW(reader.parameters(), lr=2e-3)
     errors = []
     for _ in range(150):
-        some = shown(torch.arange(4).expand(8, -1))
-        wanted = some.latents[:, 0, :, 5:7, 3:5].mean((2, 3))[..., None, None].expand(-1, -1, 4, 3).sigmoid()
-        error = lips.lip_error(reader(some.latents, some), wanted).mean()
+        latents, some = shown(torch.arange(4).expand(8, -1))
+        wanted = latents[:, 0, :, 5:7, 3:5].mean((2, 3))[..., None, None].expand(-1, -1, 4, 3).sigmoid()
+        error = lips.lip_error(reader(latents, some), wanted).mean()
         optimiser.zero_grad()
         error.backward()
         optimiser.step()

@@ -346,6 +346,21 @@ def test_some_batches_are_the_truth(tmp_path: Path, store: PairStore):
         ode_regression.Recipe(flow_share=2)
 
 
+def test_other_voices_say_the_same_at_the_same_time():
+    """Peaks move along the frequencies, each sequence's by a factor of its own; silence stays silence."""
+    audio = torch.full((2, 3, 2, 4, 64), -1.0)
+    audio[..., 20] = 0.5
+    layout = Layout(FLASH, 0, (1000.0,))
+    batch = batches.make_batch(random_clips(6), layout, torch.arange(2), PRESET.patch, Mixture(), 0)
+    batch = replace(batch, audio=audio.flatten(-2))
+    said = batches.other_voices(batch, 4, 0.2, torch.Generator().manual_seed(1)).audio.unflatten(-1, (4, 64))
+    peaks = said.argmax(-1)
+    assert all(len(peaks[i].unique()) == 1 and 16 <= peaks[i].unique() <= 25 for i in range(2))
+    assert peaks[0].unique() != peaks[1].unique() and said.min() >= -1
+    same = batches.other_voices(batch, 4, 0.0, torch.Generator().manual_seed(1)).audio.unflatten(-1, (4, 64))
+    assert (same.argmax(-1) == 20).all() and (said - same).abs().max() > 0
+
+
 def test_the_loss_is_one_of_clean_latents(store: PairStore):
     """An error of 1 in x0 is a loss of 1 whatever the level; the velocity's would be 1 / sigma squared."""
     pairs = store.load(random_clips(6))

@@ -144,6 +144,27 @@ def some_deaf(batch: Batch, odds: float, generator: torch.Generator) -> Batch:
     return without_sound(batch, torch.rand(len(batch.audio), generator=generator) < odds)
 
 
+def other_voices(batch: Batch, columns: int, strength: float, generator: torch.Generator) -> Batch:
+    """The batch as other throats would say it: spectra stretched along the frequencies by factors up to e^strength
+    (vocal tract length perturbation, Jaitly and Hinton 2013), and up to 6 dB louder or softer.
+
+    audio: log-mel tokens of `columns` columns each, 0.5 a factor of ten, silence at -1.
+    """
+    spectra = batch.audio.unflatten(-1, (columns, -1))  # [B, F, W, columns, mels]
+    count, mels = len(spectra), spectra.shape[-1]
+    draws = 2 * torch.rand(2, count, generator=generator) - 1
+    places = (torch.arange(mels) * (strength * draws[0, :, None]).exp()).clamp(max=mels - 1)  # [B, mels]
+    low = places.floor().long().clamp(max=mels - 2)
+    part = (places - low)[:, None, None, None]
+
+    def at(bins: Tensor) -> Tensor:
+        return spectra.gather(-1, bins[:, None, None, None].expand_as(spectra))
+
+    stretched = at(low) * (1 - part) + at(low + 1) * part
+    louder = stretched + 0.3 * draws[1].view(-1, 1, 1, 1, 1)
+    return replace(batch, audio=louder.clamp(min=-1.0).flatten(-2))
+
+
 def loss_weights(batch: Batch, mouth: float, eyes: float, past: float) -> Tensor:
     """Weights of the cells, [B, F, h, w]: of mouth, eyes and finished blocks as given, 1 elsewhere.
 

@@ -25,18 +25,22 @@ import torch
 from torch import Tensor
 
 from .. import flow
+from ..audio import LogMel
 from ..autoencoder import TEMPORAL, LightAutoencoder
 from ..avatar import load_light_autoencoder, load_model
 from ..conditioning import ImageChannels, image_channels, reference_tokens
 from ..geometry import Geometry
 from ..model import JoyAvatarDiT
-from . import flow_matching, parallel, preview, trainer
+from . import flow_matching, lips, listening, parallel, preview, trainer
 from .batches import weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .encoded import EncodedClips
 from .inputs import Inputs, guided, velocity
 from .lips import LipLoss, Lips, load_lip_loss
+from .listening import listen
 from .self_forcing import History, Odds, block_gradients, draw, roll_out
+
+_NEW_SPEECH = 500_000_000  # first seed
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Recipe(flow_matching.Recipe):
     latents: what the scores see of a rollout: its last latents. odds: of the kinds of rollouts.
     history: level at which the auxiliary branch keeps keys and values (`self_forcing.roll_out`). block_by_block: the
     gradient of one forward at a time (Live Avatar, algorithm 2): less memory, more forwards of the scores.
+    new_speech: share of steps whose rollouts hear speech made for them (espeak-ng), not that of their clips.
     lip_weight: of the judge's loss; shut: how much more frames count in which lips touch (`lips.LipLoss`).
     """
 
@@ -64,6 +69,7 @@ class Recipe(flow_matching.Recipe):
     odds: Odds = field(default_factory=Odds)
     history: History = "policy"
     block_by_block: bool = False
+    new_speech: float = 0.0
     lip_weight: float = 0.05
     shut: float = 3.0
 
@@ -176,11 +182,13 @@ class Training(flow_matching.Training[Recipe]):
     def step(self) -> dict[str, float]:
         """One step of the critic, before it one of the generator where it is due, on the same clips.
 
-        loss: the critic's. norm, distance: gradient of the generator, and what it is made of, mean |fake - real| in
-        shares of the distance to the real score's clean latents; of the last step it had.
+        A judge of lips moves the generator at every step. loss: the critic's. norm, distance: gradient of the
+        generator, and what it is made of, mean |fake - real| in shares of the distance to the real score's clean
+        latents; of the last step it had. lips: the judge's loss.
         """
-        if self.steps % self.recipe.critic_steps == 0:
-            made = self._teach_generator()
+        due = self.steps % self.recipe.critic_steps == 0
+        if due or self.judge:
+            made = self._teach_generator(due)
         else:
             (made,) = self._rollouts(gradient=False)
         loss = critic_loss(self.critic.model, made, *self._noise(made, "critic"))
@@ -189,22 +197,23 @@ class Training(flow_matching.Training[Recipe]):
         latents = made.latents.shape[0] * made.latents.shape[2] * parallel.world()
         return {"loss": loss.item(), "latents": float(latents), **self.figures}
 
-    def _teach_generator(self) -> Generated:
-        """The generator moves along the difference of the scores; what it made, without gradient."""
-        made, distances, lips = None, [], []
+    def _teach_generator(self, scored: bool = True) -> Generated:
+        """The generator moves along the difference of the scores, and as the judge of lips says; what it made, without
+        gradient. scored: or as the judge says alone."""
+        made, figures = None, {}
         for made in self._rollouts(gradient=True):
-            direction = self._direction(made)
-            distances.append(direction.abs().mean().item())
-            loss = distribution_loss(made.latents, direction, made.given.weights)
+            losses = []
+            if scored:
+                direction = self._direction(made)
+                figures.setdefault("distance", []).append(direction.abs().mean().item())
+                losses.append(distribution_loss(made.latents, direction, made.given.weights))
             if self.judge and made.given.lips:
-                lips.append(self.judge(made.latents, made.given.lips, made.given.weights.amax((2, 3)).sign()))
-                loss = loss + lips[-1]
-            loss.backward()
+                losses.append(self.judge(made.latents, made.given.lips, made.given.weights.amax((2, 3)).sign()))
+                figures.setdefault("lips", []).append(losses[-1].item())
+            torch.stack(losses).sum().backward()
         assert made is not None
-        norm = self.learner.update(self.recipe, self.rate_scale, self.steps)
-        self.figures = {"norm": norm, "distance": sum(distances) / len(distances)}
-        if lips:
-            self.figures["lips"] = float(torch.stack(lips).mean().detach())
+        figures["norm"] = [self.learner.update(self.recipe, self.rate_scale, self.steps)]
+        self.figures |= {name: sum(values) / len(values) for name, values in figures.items()}
         return replace(made, latents=made.latents.detach())
 
     @torch.no_grad()
@@ -243,7 +252,13 @@ class Training(flow_matching.Training[Recipe]):
         """What this step's clips give rollouts of so many latents."""
         layout, patch = whole_clips(self.policy, latents), self.model.config.patch
         data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
-        return conditions(data, clips, latents, patch, self.recipe)
+        given = conditions(data, clips, latents, patch, self.recipe)
+        if own.random() < self.recipe.new_speech:
+            return spoken_anew(given, latents, own)
+        if self.judge and given.lips:
+            true = data.latents[clips, :latents].float().transpose(1, 2)
+            given = replace(given, lips=self.judge.seen(true, given.lips))
+        return given
 
     def _geometry(self, cells: Tensor) -> Geometry:
         """Of clips with latents [..., h, w]."""
@@ -279,8 +294,22 @@ def conditions(data: EncodedClips, clips: Tensor, latents: int, patch: tuple[int
     mouth, eyes = data.mouth[rows, frames].float(), data.eyes[rows, frames].float()
     weights = 1 + (recipe.mouth - 1) * mouth + (recipe.eyes - 1) * eyes
     inputs = Inputs(picture=picture, channels=ImageChannels(channels), audio=data.audio[rows, frames].float())
-    true = data.latents[rows, frames].float().transpose(1, 2)
-    return Given(inputs, weights / weights.mean(), Lips(true, frames, mouth))
+    return Given(inputs, weights / weights.mean(), Lips(frames, mouth))
+
+
+def spoken_anew(given: Given, latents: int, random_: random.Random) -> Given:
+    """The same pictures with sound that was never heard before and the lips that belong to it.
+
+    A rollout needs no true clip. The clips' few voices would be learnt by heart.
+    """
+    assert given.lips is not None
+    geometry = Geometry(64, 64)
+    front_end, frames = LogMel(geometry), geometry.frames_of_latents(latents)
+    heard = [listen(_NEW_SPEECH + random_.randrange(10**8), front_end, geometry, frames) for _ in given.lips.frames]
+    columns = [listening.TRUTH.index(name) for name in lips.TRUTH]
+    wanted = torch.stack([h.truth[..., columns] for h in heard])
+    inputs = replace(given.inputs, audio=torch.stack([h.tokens for h in heard]))
+    return replace(given, inputs=inputs, lips=replace(given.lips, wanted=wanted))
 
 
 def begin(
@@ -318,6 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--critic-steps", type=int)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
+    parser.add_argument("--new-speech", type=float, metavar="SHARE", help="of steps with speech made for them")
     parser.add_argument("--history", choices=("policy", "clean", "exit"))
     parser.add_argument("--block-by-block", action="store_true", default=None)
     options, recipe = trainer.parse(parser, Recipe, arguments)

@@ -51,20 +51,23 @@ _SHUT = 0.08  # an opening under this is lips that touch
 
 @dataclass(frozen=True)
 class Lips:
-    """The true clips whose lips are to be shown: latents [B, C, F, h, w], which latent frames of the clips they are,
-    frames [B, F], and where the mouths are, mouth [B, F, h, w]."""
+    """Where latents show lips: which latent frames they are, frames [B, F], and the mouths' cells, mouth [B, F, h, w].
 
-    latents: Tensor
+    wanted [B, F, t, K]: what the lips are to do, in the columns TRUTH; None where nobody knows.
+    """
+
     frames: Tensor
     mouth: Tensor
+    wanted: Tensor | None = None
 
     def part(self, start: int) -> Lips:
         """Without what comes before the latent `start`."""
-        return Lips(self.latents[:, :, start:], self.frames[:, start:], self.mouth[:, start:])
+        wanted = None if self.wanted is None else self.wanted[:, start:]
+        return Lips(self.frames[:, start:], self.mouth[:, start:], wanted)
 
 
 class LipReader(nn.Module):
-    """Latents [B, C, F, h, w] and whose lips they show -> TRUTH [B, F, t, K].
+    """Latents [B, C, F, h, w] and where they show lips -> TRUTH [B, F, t, K].
 
     A latent is read beside the one before it, if that is there, and the mean of the features of all: who this is.
     """
@@ -158,21 +161,24 @@ def lip_error(read: Tensor, wanted: Tensor, shut: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class LipLoss:
-    """What a judge of lips has to say. weight: of its loss; shut: see `lip_error`.
-
-    The reading of the true latents is the target, and not the truth itself: where the judge is wrong about a person,
-    it is wrong in both.
-    """
+    """What a judge of lips has to say. weight: of its loss; shut: see `lip_error`."""
 
     reader: LipReader
     weight: float
     shut: float
 
+    @torch.no_grad()
+    def seen(self, latents: Tensor, lips: Lips) -> Lips:
+        """The lips of true latents are wanted, as the judge reads them: where it is wrong about a person, it is wrong
+        about what is made of this person too."""
+        return replace(lips, wanted=self.reader(latents, lips))
+
     def __call__(self, latents: Tensor, lips: Lips, counts: Tensor) -> Tensor:
         """weight times the mean of `lip_error` of latents [B, C, F, h, w] over those that count; counts [B, F]."""
-        with torch.no_grad():
-            wanted = self.reader(lips.latents, lips)
-        return self.weight * weighted_mean(lip_error(self.reader(latents.float(), lips), wanted, self.shut), counts)
+        assert lips.wanted is not None
+        return self.weight * weighted_mean(
+            lip_error(self.reader(latents.float(), lips), lips.wanted, self.shut), counts
+        )
 
 
 def load_lip_loss(path: Path, weight: float, shut: float) -> LipLoss:
@@ -203,16 +209,17 @@ class Recipe:
 @torch.no_grad()
 def explained(reader: LipReader, data: EncodedClips, truth: LipTruth) -> dict[str, float]:
     """R2 of each column of the truth over all latents of the clips."""
-    lips = cut(data, torch.arange(len(data)), torch.zeros(len(data), dtype=torch.long), data.latents.shape[1])
-    read, true = reader(lips.latents, lips).flatten(0, 2), truth.of(data.seed, lips.frames).flatten(0, 2)
+    every = torch.arange(data.latents.shape[1]).expand(len(data), -1)
+    latents, lips = cut(data, torch.arange(len(data)), every)
+    read, true = reader(latents, lips).flatten(0, 2), truth.of(data.seed, lips.frames).flatten(0, 2)
     share = (read - true).square().sum(0) / (true - true.mean(0)).square().sum(0).clamp(min=1e-6)
     return {f"read_{name}": round(1 - float(value), 3) for name, value in zip(TRUTH, share, strict=True)}
 
 
-def cut(data: EncodedClips, clips: Tensor, starts: Tensor, count: int) -> Lips:
-    """`count` latents of clips [B] from `starts` [B] on."""
-    frames, rows = starts[:, None] + torch.arange(count), clips[:, None]
-    return Lips(data.latents[rows, frames].float().transpose(1, 2), frames, data.mouth[rows, frames].float())
+def cut(data: EncodedClips, clips: Tensor, frames: Tensor) -> tuple[Tensor, Lips]:
+    """Latent frames [B, F] of clips [B]: [B, C, F, h, w], and where they show lips."""
+    rows = clips[:, None]
+    return data.latents[rows, frames].float().transpose(1, 2), Lips(frames, data.mouth[rows, frames].float())
 
 
 def step_loss(
@@ -221,10 +228,10 @@ def step_loss(
     """On pieces by chance of clips by chance."""
     clips = torch.randint(len(data), (recipe.batch,), generator=generator)
     starts = torch.randint(data.latents.shape[1] - recipe.frames + 1, (recipe.batch,), generator=generator)
-    lips = cut(data, clips, starts, recipe.frames)
+    latents, lips = cut(data, clips, starts[:, None] + torch.arange(recipe.frames))
     strength = recipe.noise * torch.rand(recipe.batch, 1, 1, 1, 1, generator=generator)
     with torch.autocast("cpu", torch.bfloat16):
-        read = reader(lips.latents + strength * torch.randn(lips.latents.shape, generator=generator), lips)
+        read = reader(latents + strength * torch.randn(latents.shape, generator=generator), lips)
     return lip_error(read, truth.of(data.seed[clips], lips.frames)).mean()
 
 

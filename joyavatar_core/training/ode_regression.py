@@ -16,6 +16,7 @@ Shape legend: B batch, C latent channels, F latent frames of a sequence, h w lat
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from .batches import (
     loss_weights,
     make_batch,
     measured_batch,
+    other_voices,
     predict,
     weighted_mean,
     x0_error,
@@ -46,6 +48,7 @@ from .common import record
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
 from .lips import LipLoss, Lips, load_lip_loss
+from .listening import load_projector
 from .sequences import Layout, attend, sample_layout
 from .trajectories import Pairs, PairStore
 
@@ -57,6 +60,7 @@ class Recipe(trainer.Recipe):
     pairs: trajectories, one of each of the first clips. ode_steps: Euler steps of a trajectory, a multiple of the
     number of PSB levels. guidance: of the trajectories, from deaf to hearing, 1: not beyond; the student has it for
     nothing. flow_share: odds that a batch is one of true clips, against drift; of all clips that are encoded.
+    voices: how far the spectra of the sound are stretched, `batches.other_voices`; for log-mel tokens alone.
     lip_weight: of the judge's loss; shut: how much more frames count in which lips touch (`lips.LipLoss`).
     """
 
@@ -67,6 +71,7 @@ class Recipe(trainer.Recipe):
     guidance: float = 2.0
     flow_share: float = 0.1
     framing: Framing = field(default_factory=lambda: Framing(close_ups=0.0))
+    voices: float = 0.0
     lip_weight: float = 0.05
     shut: float = 3.0
 
@@ -90,6 +95,14 @@ class Training(trainer.Supervised[Recipe]):
 
     def batch(self) -> Batch:
         """Sequences of one layout and one size, on the trajectories or, now and then, as in flow matching."""
+        batch, audio = self._batch(), self.model.config.audio
+        if not self.recipe.voices or audio is None:
+            return batch
+        _, own = self.draws()
+        generator = torch.Generator().manual_seed(random.Random(f"voices {own.random()}").randrange(2**31))
+        return other_voices(batch, audio.columns, self.recipe.voices, generator)
+
+    def _batch(self) -> Batch:
         (common, own), mixture = self.draws(), self.recipe.mixture
         truth = common.random() < self.recipe.flow_share
         layout, patch = sample_layout(common, self.policy, mixture), self.model.config.patch
@@ -109,7 +122,8 @@ class Training(trainer.Supervised[Recipe]):
             return loss
         counts = torch.ones(batch.frames.shape)
         counts[:, : batch.layout.lead] = 0
-        return loss + self.judge(clean(batch, v), Lips(batch.true, batch.frames, batch.mouth), counts)
+        lips = self.judge.seen(batch.true, Lips(batch.frames, batch.mouth))
+        return loss + self.judge(clean(batch, v), lips, counts)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -139,14 +153,17 @@ def begin(
     paired: tuple[EncodedClips, ...],
     store: PairStore,
     start: Path | None = None,
+    projector: Path | None = None,
 ) -> Training:
     """A student at step 0, with the teacher's weights or those of `start`.
 
     data: true clips; paired: the clips whose pairs are there. Of each the same are held out. What the student hears
-    with, its audio projector, stays as it is.
+    with, its audio projector or the given one, stays as it is.
     """
     (data, _), (paired, held_out) = (hold_out(clips, recipe.held_out) for clips in (data, paired))
     model = load_model(start or store.teacher, attention=attend).bfloat16()
+    if projector:
+        load_projector(projector, model.proj_model)
     model.proj_model.requires_grad_(False)
     return Training(
         recipe=recipe,
@@ -180,11 +197,12 @@ def train(
     *,
     lips: Path | None = None,
     start: Path | None = None,
+    projector: Path | None = None,
 ) -> None:
     """Make the pairs that are missing, then train for recipe.minutes of wall-clock time (all sessions together).
 
-    The policy is the teacher's. lips: file of a judge; start: student to go on from. ValueError when there are fewer
-    clips than pairs wanted.
+    The policy is the teacher's. lips: file of a judge; start: student to go on from; projector: other ears for it.
+    ValueError when there are fewer clips than pairs wanted.
     """
     out.mkdir(parents=True, exist_ok=True)
     paths = list_clips(clips)
@@ -200,7 +218,7 @@ def train(
     store = PairStore(clips, teacher, policy_named(recipe.policy), recipe.ode_steps, recipe.guidance)
     make_pairs(store, paired, decoder.spatial)
     parallel.wait()
-    state = begin(recipe, out, data, paired, store, start)
+    state = begin(recipe, out, data, paired, store, start, projector)
     if lips:
         state.judge = load_lip_loss(lips, recipe.lip_weight, recipe.shut)
     if again:
@@ -222,10 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--flow-share", type=float)
     parser.add_argument("--initial", type=Path, help="student to go on from, in place of the teacher's weights")
+    parser.add_argument("--projector", type=Path, help="projector.safetensors of training.listening, other ears for it")
     parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     options, recipe = trainer.parse(parser, Recipe, arguments)
     folders = (options.out, options.clips, options.autoencoder, options.teacher)
-    train(recipe, *folders, options.resume, lips=options.lips, start=options.initial)
+    train(recipe, *folders, options.resume, lips=options.lips, start=options.initial, projector=options.projector)
 
 
 if __name__ == "__main__":

@@ -161,9 +161,10 @@ def begin(
     with, its audio projector or the given one, stays as it is.
     """
     (data, _), (paired, held_out) = (hold_out(clips, recipe.held_out) for clips in (data, paired))
-    model = load_model(start or store.teacher, attention=attend).bfloat16()
+    model = load_model(start or store.teacher, attention=attend)
     if projector:
         load_projector(projector, model.proj_model)
+    model = model.bfloat16()
     model.proj_model.requires_grad_(False)
     return Training(
         recipe=recipe,

@@ -72,7 +72,7 @@ class Avatar:
             width=width,
             height=height,
             fps=self.fps,
-            block_latents=policy.block_latents,
+            **policy.block_sizes,
             spatial=self.autoencoder.spatial,
             patch=self.model.config.patch,
         )

@@ -8,7 +8,8 @@ Shape legend: B batch, S tokens of a block, heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -89,3 +90,33 @@ class KVCache:
         if block < self.sink_blocks:
             return block
         return self.sink_blocks + (block - self.sink_blocks) % self.local_blocks
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Some of the tokens of a cache: those in `pieces`, which follow each other in the order of its `context`."""
+
+    cache: KVCache
+    pieces: tuple[range, ...]
+
+    @staticmethod
+    def of(cache: KVCache, skipped: Mapping[int, int]) -> Excerpt:
+        """The blocks in `skipped`, each without so many of its first tokens."""
+        pieces: list[range] = []
+        for slot, block in enumerate(cache.blocks):
+            if block not in skipped:
+                continue
+            start, stop = slot * cache.block_tokens + skipped[block], (slot + 1) * cache.block_tokens
+            if pieces and pieces[-1].stop == start:
+                start = pieces.pop().start
+            pieces.append(range(start, stop))
+        return Excerpt(cache, tuple(pieces))
+
+    def context(self, layer: int) -> KV:
+        """As KVCache.context; views where it is one piece, else copies."""
+        keys, values = self.cache.context(layer)
+        return self._cut(keys), self._cut(values)
+
+    def _cut(self, tokens: Tensor) -> Tensor:
+        parts = [tokens[:, piece.start : piece.stop] for piece in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -5,8 +5,10 @@ Counts of forwards and cache bytes are exact; activations, decoding and the vide
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby, pairwise
 
 from .config import ModelConfig
 from .geometry import Geometry
@@ -62,25 +64,68 @@ def window_forwards(
     """Every forward of a window, in order: those that make a reference and that run a clean block again as well."""
     latent, finished = geometry.tokens_per_latent, policy.first_block(window)
     block = policy.block_latents * latent
-    local = min(policy.local_blocks, max(0, finished - policy.sink_blocks))
-    past = (min(policy.sink_blocks, finished) + local) * block
+    reference = reference_tokens(config, geometry) if policy.reference_sink else 0
+
+    def past(blocks: int, clean: bool = False) -> int:
+        return reference + policy.seen_latents(finished, blocks, clean) * latent
+
     found: list[Forward] = []
-    if policy.reference_sink:
-        reference = reference_tokens(config, geometry)
-        past += reference
-        if window == 0 or finished == policy.reference_refresh:
-            found.append(Forward(reference, reference))
+    if policy.reference_sink and (window == 0 or finished == policy.reference_refresh):
+        found.append(Forward(reference, reference))
     for step in policy.window_steps(window, num_blocks):
         queries = len(step.blocks) * block + (latent if policy.motion_frame and finished else 0)
-        found.append(Forward(queries, past + queries))
+        found.append(Forward(queries, past(len(step.blocks)) + queries))
         if step.finishes and policy.kv_level == "clean":
-            found.append(Forward(block, past + block))
+            found.append(Forward(block, past(1, clean=True) + block))
     return tuple(found)
+
+
+def window_costs(
+    config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, num_blocks: int
+) -> Iterator[tuple[range, tuple[Forward, ...]]]:
+    """All windows of a clip in order, those that cost the same in one range: (windows, the forwards of each)."""
+    windows = policy.num_windows(num_blocks)
+    settled, ramp = _settled(policy), max(0, windows - policy.window_blocks)
+    edges = [*range(min(settled, windows) + 1), *range(max(settled, ramp), windows + 1)]  # between: all alike
+    spans = [range(a, b) for a, b in pairwise(sorted(set(edges)))]
+    costs = [(span, window_forwards(config, policy, geometry, span.start, num_blocks)) for span in spans]
+    for cost, alike in groupby(costs, key=lambda found: found[1]):
+        joined = [span for span, _ in alike]
+        yield range(joined[0].start, joined[-1].stop), cost
+
+
+def _settled(policy: RolloutPolicy) -> int:
+    """First window from which on, until the clip ends, all are alike."""
+    finished = max(policy.sink_blocks + policy.kept_blocks, policy.reference_refresh or 0)
+    return max(policy.bootstrap, finished + policy.window_blocks)
+
+
+def cost_lines(
+    config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, num_blocks: int, bytes_each: int = 2
+) -> Iterator[str]:
+    """What the blocks of a clip cost, in words: forwards, latents that ask (q) and that are seen (k), bytes of K/V.
+
+    bytes_each: of a number in the cache.
+    """
+    size, latent = f"{geometry.width}x{geometry.height}", geometry.tokens_per_latent
+    yield f"cost at {size}, {latent} tokens a latent frame (q, k: latents that ask and that are seen):"
+    for windows, cost in window_costs(config, policy, geometry, num_blocks):
+        name = f"{windows.start + 1}" if len(windows) == 1 else f"{windows.start + 1}-{windows.stop}"
+        yield f"  window {name}: {len(cost)} forwards: {', '.join(_runs(cost, latent))}"
+    held, waiting = (f(config, policy, geometry, bytes_each) / 2**20 for f in (cache_bytes, pending_bytes))
+    yield f"  K/V: {held:,.1f} MiB held" + (f", {waiting:,.1f} MiB more within a window" if waiting else "")
+
+
+def _runs(cost: Iterable[Forward], latent: int) -> Iterator[str]:
+    for forward, alike in groupby(cost):
+        yield f"{len(list(alike))} x {forward.queries / latent:g} q {forward.keys / latent:g} k"
 
 
 def cache_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, bytes_each: int) -> int:
     """Of the keys and values a rollout holds between two windows: see KVCache and RolloutState."""
-    tokens = _caches(policy) * policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    tokens = (
+        _caches(policy) * (policy.sink_blocks + policy.kept_blocks) * policy.block_latents * geometry.tokens_per_latent
+    )
     tokens += reference_tokens(config, geometry) if policy.reference_sink else 0
     return _kv_bytes(config, tokens, bytes_each)
 
@@ -103,7 +148,7 @@ def work_bytes(config: ModelConfig, policy: RolloutPolicy, geometry: Geometry, b
     """Activations of the widest forward, or of decoding a block where that is more."""
     latents = policy.window_blocks * policy.block_latents + policy.motion_frame
     window = latents * geometry.tokens_per_latent
-    seen = window + policy.context_blocks * policy.block_latents * geometry.tokens_per_latent
+    seen = (policy.span_latents + policy.motion_frame) * geometry.tokens_per_latent
     seen += reference_tokens(config, geometry) if policy.reference_sink else 0
     transformer = (window * (_WINDOW_COPIES * config.dim + config.ffn_dim) + 4 * seen * config.dim) * bytes_each
     decoder = geometry.width * geometry.height * _DECODER_FLOATS_PER_PIXEL * bytes_each
@@ -130,8 +175,7 @@ def estimate(
 
 def _forwards(policy: RolloutPolicy, blocks: int) -> int:
     """Forwards of the model; the steady windows in the middle are all alike."""
-    windows = policy.num_windows(blocks)
-    settled = policy.bootstrap + policy.window_blocks + policy.context_blocks
+    windows, settled = policy.num_windows(blocks), _settled(policy)
     ends = min(windows, settled), max(0, windows - max(settled, windows - policy.window_blocks))
     first = sum(len(policy.window_steps(w, blocks)) for w in range(ends[0]))
     last = sum(len(policy.window_steps(w, blocks)) for w in range(windows - ends[1], windows))

@@ -7,7 +7,7 @@ No torch here: this file is arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 
@@ -18,6 +18,7 @@ class Geometry:
     width, height: pixels, multiples of `spatial * patch` on their axis.
     fps: pixel frames a second (16 for Wan2.1).
     block_latents: latent frames in a block.
+    first_latent: latent frame with which block 0 begins; those before it are given, and shown with block 0.
     temporal, spatial: compression of the autoencoder along time and along each picture axis.
     patch: (height, width) of the transformer's patch, in latent cells.
     """
@@ -29,6 +30,7 @@ class Geometry:
     temporal: int = 4
     spatial: int = 8
     patch: tuple[int, int] = (2, 2)
+    first_latent: int = field(default=0, repr=False)  # a repr is part of the identity of saved streams
 
     def __post_init__(self) -> None:
         step_h, step_w = self.spatial * self.patch[0], self.spatial * self.patch[1]
@@ -70,7 +72,13 @@ class Geometry:
         return range(self.frames_of_latents(latent), self.frames_of_latents(latent + 1))
 
     def latents_of_block(self, block: int) -> range:
-        return range(block * self.block_latents, (block + 1) * self.block_latents)
+        """Latent frames that a block shows; block 0 those that are given before it as well."""
+        start = self.first_latent + block * self.block_latents
+        return range(start if block else 0, start + self.block_latents)
+
+    def block_of_latent(self, latent: int) -> int:
+        """The block that shows a latent frame."""
+        return max(0, latent - self.first_latent) // self.block_latents
 
     def frames_of_block(self, block: int) -> range:
         latents = self.latents_of_block(block)
@@ -78,7 +86,8 @@ class Geometry:
 
     def blocks_of_frames(self, frames: int) -> int:
         """Blocks needed for the first `frames` pixel frames."""
-        return -(-self.latents_of_frames(frames) // self.block_latents)
+        latents = self.latents_of_frames(frames)
+        return self.block_of_latent(latents - 1) + 1 if latents else 0
 
     def frames_of_duration(self, duration: Fraction) -> int:
         """Pixel frames shown for `duration` seconds: round(duration * fps), halves up, at least one for any sound."""

@@ -383,15 +383,23 @@ class JoyAvatarDiT(nn.Module):
             out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
         return out, kvs
 
-    def prefill(self, x: Tensor, condition: ConditionKV, position: int, motion: Tensor | None = None) -> list[KV]:
+    def prefill(
+        self,
+        x: Tensor,
+        condition: ConditionKV,
+        position: int,
+        motion: Tensor | None = None,
+        audio: AudioKV | None = None,
+    ) -> list[KV]:
         """Keys before RoPE and values of a reference, made once and seen by all blocks: a clean latent frame alone.
 
         Args:
             x: [B, in_channels, 1, h, w] its latent (and mask and image channels); a generated one, later, as well.
             condition: as in `forward`. position: RoPE index it is made at.
             motion: [B, out_channels, n, h, w] latents of a still past, for families that take one.
+            audio: what it hears, for families that let it.
         """
-        return self(x, x.new_zeros(1), (position,), condition)[1]
+        return self(x, x.new_zeros(1), (position,), condition, audio)[1]
 
     def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """Rotation of what `prefill` gave for latents of `size` (h, w), the reference at an index of its own.

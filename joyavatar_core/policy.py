@@ -16,6 +16,19 @@ from .schedule import DenoiseStep
 Update = Literal["renoise", "euler"]
 KVLevel = Literal["last_step", "clean", "per_step"]
 SinkPosition = Literal["adjacent", "absolute"]
+CleanSight = Literal["window", "own", "newest"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A finished block in sight of a forward: all its latents but the `skipped` first ones.
+
+    index: temporal RoPE index of the first that is seen; the others follow it.
+    """
+
+    block: int
+    skipped: int
+    index: int
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,14 @@ class RolloutPolicy:
         denoising forward (no extra pass), "clean" runs the finished block once more at timestep 0, "per_step" keeps
         one cache per step (needs window_blocks 1).
     sink_blocks: first blocks that stay in the cache for ever.
-    local_blocks: most recent finished blocks kept beside the sink.
+    local_blocks: most recent finished blocks that a full window sees beside the sink.
+    constant_span: a window of fewer blocks, at the end of a clip, sees as many more local ones, so that every window
+        spans sink, local blocks and a full window (Rolling-Forcing: 21 latents).
+    local_latents: of these only the newest so many latents are seen; None: all.
+    clean_sight: what the pass over a finished block sees (kv_level "clean"): "window" as much as a full window does;
+        "own" the same, but sink and reference at the indices they were made at (AvatarForcing); "newest" as many of the
+        newest blocks as fill the same span, each at its own index, the sink only while it is one of them
+        (Rolling-Forcing).
     sink_position: "adjacent" puts the sink right before the local blocks (relative, URCR); "absolute" leaves it at
         its own index (the paper's ablation without URCR).
     rope_limit: URCR's N: temporal indices stay below it; None lets them grow.
@@ -40,11 +60,13 @@ class RolloutPolicy:
     motion_noise: whether it is noised; without, it stands at timestep 0 (the paper's ablation "w/o add-noise").
     given_first: OmniAvatar's children: the first latent of the stream is the picture's own, at every step and in what
         comes out, though its timestep is that of its block.
+    picture_alone: AvatarForcing: that first latent is no part of a block: it comes out as given, is seen as reference
+        sink only, and block 0 begins with the second latent.
     reference_sink: Live Avatar: the picture, run once through the model at timestep 0 before the first block, stays in
         the cache for ever, beside whatever other sink there is.
     reference_ahead: (least, most): how many latents it lies after the first latent of the window; where the two differ
-        it is drawn from the run's seed for every forward.
-    reference_floor: its index is never below this one.
+        it is drawn from the run's seed for every forward. None: it lies right before the past that is seen.
+    reference_floor: index it is made at, and below which it never lies ahead of a window.
     reference_refresh: AAS: after so many finished blocks it is made again from the first latent of the first block,
         as generated; None: never.
     reference_reach: the most that tokens of a still past which the model adds to the picture (motion tokens of
@@ -66,9 +88,13 @@ class RolloutPolicy:
     motion_frame: bool = True
     motion_noise: bool = True
     # newer than the first saved streams, whose identity is a repr: see `newer_options`
+    constant_span: bool = field(default=False, repr=False)
+    local_latents: int | None = field(default=None, repr=False)
+    clean_sight: CleanSight = field(default="window", repr=False)
+    picture_alone: bool = field(default=False, repr=False)
     given_first: bool = field(default=False, repr=False)
     reference_sink: bool = field(default=False, repr=False)
-    reference_ahead: tuple[int, int] = field(default=(30, 30), repr=False)
+    reference_ahead: tuple[int, int] | None = field(default=(30, 30), repr=False)
     reference_floor: int = field(default=30, repr=False)
     reference_refresh: int | None = field(default=None, repr=False)
     reference_reach: int | None = field(default=None, repr=False)
@@ -79,13 +105,36 @@ class RolloutPolicy:
 
     @property
     def context_blocks(self) -> int:
-        """Blocks the cache can hold."""
+        """Finished blocks that a full window can see."""
         return self.sink_blocks + self.local_blocks
+
+    @property
+    def kept_blocks(self) -> int:
+        """Newest finished blocks kept beside the sink: those a full window sees, or what sees most."""
+        if self.kv_level == "clean" and self.clean_sight == "newest":
+            return self.context_blocks + self.window_blocks - 1
+        return self.local_blocks + (self.window_blocks - 1 if self.constant_span else 0)
 
     @property
     def span_latents(self) -> int:
         """Latents a full forward can see: sink, local blocks and window (27 for JoyAvatar-Flash)."""
-        return (self.context_blocks + self.window_blocks) * self.block_latents
+        local = self.local_blocks * self.block_latents
+        local = local if self.local_latents is None else min(local, self.local_latents)
+        return (self.sink_blocks + self.window_blocks) * self.block_latents + local
+
+    @property
+    def first_latent(self) -> int:
+        """Latent of the stream with which block 0 begins."""
+        return int(self.picture_alone)
+
+    def start_of(self, block: int) -> int:
+        """Latent of the stream with which a block begins."""
+        return self.first_latent + block * self.block_latents
+
+    @property
+    def block_sizes(self) -> dict[str, int]:
+        """What a Geometry has to know of the blocks."""
+        return {"block_latents": self.block_latents, "first_latent": self.first_latent}
 
     @property
     def lead_blocks(self) -> int:
@@ -114,6 +163,13 @@ class RolloutPolicy:
         """RoPE index of the reference beside a window that starts at index `start` (Live Avatar's rolling RoPE)."""
         return max(self.reference_floor, start + ahead)
 
+    def reference_before(self, start: int, seen: int, clean: bool) -> int:
+        """RoPE index of a reference that lies before so many latents seen of the past (AvatarForcing's style anchor).
+
+        clean: whether it is for the pass over a finished block.
+        """
+        return self.reference_floor if clean and self.clean_sight == "own" else start - seen - 1
+
     def reference_shift(self, start: int) -> int:
         """By how much the tokens of the still past move along with a window that starts at index `start`."""
         return 0 if self.reference_reach is None else max(0, start - self.reference_reach)
@@ -126,20 +182,44 @@ class RolloutPolicy:
         """
         excess = finished - self.context_blocks
         if self.rope_limit is None or excess <= 0:
-            return finished * self.block_latents
+            return self.start_of(finished)
         period = (self.rope_limit - self.span_latents) // self.block_latents + 1
         return (self.context_blocks + excess % period) * self.block_latents
 
-    def context_start(self, block: int, finished: int) -> int:
-        """RoPE index of the first latent of a cached block, beside a window that starts after `finished` blocks."""
-        start = self.window_start(finished)
-        if block >= self.sink_blocks:
-            return start - (finished - block) * self.block_latents
-        if self.sink_position == "absolute":
-            return block * self.block_latents
-        local = min(self.local_blocks, max(0, finished - self.sink_blocks))
+    def sight(self, finished: int, blocks: int, clean: bool = False) -> tuple[Seen, ...]:
+        """What a forward sees of the past, the oldest block first.
+
+        Args:
+            finished: blocks finished before it; block `finished` is the first it works on.
+            blocks: how many it works on.
+            clean: whether it is the pass over a finished block (kv_level "clean").
+        """
+        if clean and self.clean_sight == "newest":
+            return tuple(self._at_its_own(b, finished) for b in range(max(0, finished - self.kept_blocks), finished))
+        more = self.window_blocks - blocks if self.constant_span and not clean else 0
         sink = min(self.sink_blocks, finished)
-        return start - (local + sink - block) * self.block_latents
+        local = [self._at_its_own(b, finished) for b in range(max(sink, finished - self.local_blocks - more), finished)]
+        local = [seen for seen in local if seen.skipped < self.block_latents]
+        absolute = self.sink_position == "absolute" or (clean and self.clean_sight == "own")
+        before = self.window_start(finished) - sum(self.block_latents - seen.skipped for seen in local)
+        start = self.first_latent if absolute else before - sink * self.block_latents
+        return (*(Seen(block, 0, start + block * self.block_latents) for block in range(sink)), *local)
+
+    def seen_latents(self, finished: int, blocks: int, clean: bool = False) -> int:
+        """How many latents of the past that are; the reference is not one of them."""
+        return sum(self.block_latents - seen.skipped for seen in self.sight(finished, blocks, clean))
+
+    def _at_its_own(self, block: int, finished: int) -> Seen:
+        """What is seen of a local block, at its own distance from the window."""
+        behind = (finished - block) * self.block_latents
+        hidden = 0 if self.local_latents is None else max(0, behind - self.local_latents)
+        skipped = min(hidden, self.block_latents)
+        return Seen(block, skipped, self.window_start(finished) - behind + skipped)
+
+    def context_start(self, block: int, finished: int) -> int:
+        """RoPE index of the first latent of a block in sight of a full window after `finished` blocks."""
+        sight = self.sight(finished, self.window_blocks)
+        return next(seen.index - seen.skipped for seen in sight if seen.block == block)
 
 
 def _problems(p: RolloutPolicy) -> list[str]:
@@ -158,6 +238,12 @@ def _problems(p: RolloutPolicy) -> list[str]:
         found.append(f"update {p.update!r} or kv_level {p.kv_level!r} is not known")
     if p.sink_position not in ("adjacent", "absolute"):
         found.append(f"sink_position {p.sink_position!r}: use adjacent or absolute")
+    if p.clean_sight not in ("window", "own", "newest"):
+        found.append(f"clean_sight {p.clean_sight!r}: use window, own or newest")
+    if p.local_latents is not None and p.local_latents < 0:
+        found.append(f"local_latents {p.local_latents}: must be at least 0, or none for all of the local blocks")
+    if p.picture_alone and (p.given_first or not p.reference_sink):
+        found.append("picture_alone: the picture is seen as reference_sink only, and given_first is for one in a block")
     if p.rope_limit is not None and not p.span_latents <= p.rope_limit:
         found.append(f"rope_limit {p.rope_limit}: must be at least {p.span_latents}, the latents one forward can see")
     return found + (_reference_problems(p) if p.reference_sink else [])
@@ -165,7 +251,7 @@ def _problems(p: RolloutPolicy) -> list[str]:
 
 def _reference_problems(p: RolloutPolicy) -> list[str]:
     found = []
-    least, most = p.reference_ahead
+    least, most = p.reference_ahead or (0, 0)
     if not 0 <= least <= most:
         found.append(f"reference_ahead {p.reference_ahead}: give (least, most) with 0 <= least <= most")
     if p.rope_limit is not None:
@@ -180,8 +266,8 @@ def _reference_problems(p: RolloutPolicy) -> list[str]:
 _FLASH = RolloutPolicy()
 POLICIES: dict[str, RolloutPolicy] = {
     "joyavatar-flash": _FLASH,
-    # Window of five, local context of one block (21 latents seen in all), clean re-pass of every finished block. The
-    # release sees more of the past in shorter windows and in that pass: docs/parity.md.
+    # Window of five, sink and one local block (21 latents in all, whatever the window holds), and a clean pass over
+    # every finished block that sees the six before it.
     "rolling-forcing": replace(
         _FLASH,
         timesteps=(1000, 800, 600, 400, 200),
@@ -191,6 +277,8 @@ POLICIES: dict[str, RolloutPolicy] = {
         local_blocks=1,
         rope_limit=None,
         motion_frame=False,
+        constant_span=True,
+        clean_sight="newest",
     ),
     # One block at a time beside 18 latents of clean history, no sink.
     "self-forcing": replace(
@@ -227,19 +315,25 @@ POLICIES: dict[str, RolloutPolicy] = {
         motion_frame=False,
         given_first=True,
     ),
-    # Rolling windows of four blocks of four latents. The release runs the picture's latent by itself before the first
-    # block and keeps it as sink, and shows two latents of the past: here both are whole blocks, the first of which
-    # begins with the picture's latent.
+    # Rolling windows of four blocks of four latents beside the picture's latent, which was run by itself, and the two
+    # latents before the window. The clean pass sees that latent at index 0 however far the stream has come, as the
+    # release has it.
     "avatarforcing": replace(
         _FLASH,
         timesteps=(1000, 800, 400, 200),
         bootstrap=0,
         block_latents=4,
         kv_level="clean",
+        sink_blocks=0,
         local_blocks=1,
+        local_latents=2,
+        clean_sight="own",
         rope_limit=None,
         motion_frame=False,
-        given_first=True,
+        picture_alone=True,
+        reference_sink=True,
+        reference_ahead=None,
+        reference_floor=0,
     ),
     # One block at a time, Euler steps, keys of every step beside those of the same step, the picture as sink. The
     # timesteps are those of four steps after a warp of 3 that the release applies twice: hence no shift here. The

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from . import flow
 from .audio import AudioTokens
-from .cache import KV, KVCache
+from .cache import KV, Excerpt, KVCache
 from .conditioning import ImageChannels
 from .geometry import Geometry
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
 from .noise import gaussian, integer
-from .policy import RolloutPolicy
+from .policy import RolloutPolicy, Seen
 from .schedule import DenoiseStep, warp
 from .types import StreamTensors, nbytes
 
@@ -60,7 +60,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A clean block: latents [B, C, n, h, w]."""
+    """A clean block: latents [B, C, n, h, w], and before those of block 0 the one that is given, if it is."""
 
     index: int
     latents: Tensor
@@ -77,7 +77,7 @@ class RolloutState:
     reference: keys before RoPE and values of the reference sink, each [layers, B, R, heads, D].
     first: first latent of the stream, until the reference is made again from it, [B, C, 1, h, w].
     pending: keys and values of the block at hand, by the cache they will go to; empty between windows.
-    audio: front-end tokens of the blocks in the window and of the newest finished one.
+    audio: front-end tokens of the blocks in the window and of the newest finished one, of all latents they show.
     audio_kv: keys and values made of them; derived, never saved.
     """
 
@@ -136,10 +136,9 @@ class Rollout:
     reseed: Reseed | None = None
 
     def __post_init__(self) -> None:
-        if self.geometry.block_latents != self.policy.block_latents:
-            raise ValueError(
-                f"geometry has blocks of {self.geometry.block_latents} latents, the policy {self.policy.block_latents}"
-            )
+        for size, wanted in self.policy.block_sizes.items():
+            if (found := getattr(self.geometry, size)) != wanted:
+                raise ValueError(f"{size} is {found} in the geometry and {wanted} in the policy: give it block_sizes")
         if (self.policy.reference_sink or self.policy.given_first) and self.condition.picture is None:
             raise ValueError("the policy needs the picture, and this model is given none: choose another policy")
 
@@ -166,7 +165,7 @@ class Rollout:
             heads=self.heads,
             head_dim=config.head_dim,
             sink_blocks=policy.sink_blocks,
-            local_blocks=policy.local_blocks,
+            local_blocks=policy.kept_blocks,
             dtype=self.dtype,
             device=self.device,
         )
@@ -253,7 +252,15 @@ class Rollout:
         state.motion = latents[:, :, -1:].detach().clone()
         if block == 0 and self.policy.reference_sink and self.policy.reference_refresh is not None:
             state.first = latents[:, :, :1].detach().clone()
-        return FinishedBlock(block, latents)
+        return FinishedBlock(block, self.shown(block, latents))
+
+    def shown(self, block: int, latents: Tensor) -> Tensor:
+        """Clean latents of a block, with the picture's own before the first where it stands alone."""
+        if block or not self.policy.picture_alone:
+            return latents
+        picture = self.condition.picture
+        assert picture is not None
+        return torch.cat([picture.latent.to(latents), latents], dim=2)
 
     def leave(self, state: RolloutState, block: int) -> Tensor:
         """A block leaves, clean or for the rank of the next step: what its steps here have made of keys and values is
@@ -273,14 +280,16 @@ class Rollout:
         if self.policy.kv_level != "clean":
             return kv
         zero, after = latents.new_zeros(latents.shape[2]), 2 * len(self.policy.timesteps)
-        past = self._beside(state, self._past(state, block), block, after)
+        past = self._past(state, self.policy.sight(block, 1, clean=True))
+        past = self._beside(state, past, block, after, clean=True)
         return self._forward(state, latents, zero, [block], past, self._start(block), None)[1]
 
     def _denoise(self, state: RolloutState, step: DenoiseStep, x: Tensor, here: Tensor) -> tuple[Tensor, list[KV]]:
         """Velocity of the window's blocks, and the keys and values of its oldest one."""
         first = step.blocks[0]
         motion = self._motion(state, step, here) if self.policy.motion_frame else None
-        past = self._beside(state, self._past(state, first, self.ring(step)), first, step.passes[0])
+        past = self._past(state, self.policy.sight(first, len(step.blocks)), self.ring(step))
+        past = self._beside(state, past, first, step.passes[0])
         v, kv = self._forward(state, x, here, list(step.blocks), past, self._start(first), motion)
         lead = 0 if motion is None else 1
         tokens = self.geometry.tokens_per_latent
@@ -298,7 +307,7 @@ class Rollout:
         motion: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, list[KV]]:
         """The model on [motion frame | blocks] with all that belongs to those latent frames."""
-        latents = range(blocks[0] * self.policy.block_latents, (blocks[-1] + 1) * self.policy.block_latents)
+        latents = range(self.policy.start_of(blocks[0]), self.policy.start_of(blocks[-1] + 1))
         lead = 0 if motion is None else 1
         indices = range(latents.start - lead, latents.stop)
         if motion is not None:
@@ -320,13 +329,19 @@ class Rollout:
         noise = self._gaussian(step.blocks[0], step.passes[0], state.motion.shape, "motion")
         return flow.add_noise(state.motion, noise, here[:1]), here[:1]
 
-    def _past(self, state: RolloutState, first: int, cache: int = 0) -> Past | None:
-        """Finished blocks and their RoPE indices beside a window that begins with block `first`."""
-        held = state.caches[cache]
-        if not held.blocks:
+    def _past(self, state: RolloutState, sight: tuple[Seen, ...], ring: int = 0) -> Past | None:
+        """Finished blocks in sight of a forward and their RoPE indices, in the order of the cache they are in."""
+        if not sight:
             return None
-        starts = (self.policy.context_start(b, first) for b in held.blocks)
-        return Past(held, tuple(s + i for s in starts for i in range(self.policy.block_latents)))
+        held, n = state.caches[ring], self.policy.block_latents
+        by_block = {seen.block: seen for seen in sight}
+        ordered = [by_block[block] for block in held.blocks if block in by_block]
+        assert len(ordered) == len(sight), (held.blocks, sight)
+        positions = tuple(seen.index + i for seen in ordered for i in range(n - seen.skipped))
+        if len(positions) == len(held.blocks) * n:
+            return Past(held, positions)
+        tokens = self.geometry.tokens_per_latent
+        return Past(Excerpt.of(held, {seen.block: seen.skipped * tokens for seen in ordered}), positions)
 
     def _make_reference(self, state: RolloutState) -> None:
         """Run the reference through the model where it is due: the picture at first, later a generated latent (AAS)."""
@@ -342,23 +357,26 @@ class Rollout:
         motion = None if picture.motion is None else picture.motion.to(self.device)
         self.before_forward()
         with torch.no_grad():
-            made = self.model.prefill(x, self.condition.kv, self.policy.reference_floor, motion)
+            heard = self._given_sound(state) if self.policy.picture_alone else None
+            made = self.model.prefill(x, self.condition.kv, self.policy.reference_floor, motion, heard)
         keys, values = zip(*made, strict=True)
         state.reference = (torch.stack(keys), torch.stack(values))
         state.first = None if due else state.first
 
-    def _beside(self, state: RolloutState, past: Past | None, first: int, forward: int) -> Past | None:
+    def _beside(
+        self, state: RolloutState, past: Past | None, first: int, forward: int, clean: bool = False
+    ) -> Past | None:
         """The past with the reference behind it, at its place in a forward of a window that begins at `first`."""
         if state.reference is None:
             return past
-        start = self._start(first)
-        ahead = integer(self._seed(first), first, forward, self.policy.reference_ahead)
-        return Past(
-            WithReference(past.context if past else None, state.reference),
-            past.positions if past else (),
-            self.policy.reference_position(start, ahead),
-            self.policy.reference_shift(start),
-        )
+        start, positions = self._start(first), past.positions if past else ()
+        if self.policy.reference_ahead is None:
+            place = self.policy.reference_before(start, len(positions), clean)
+        else:
+            ahead = integer(self._seed(first), first, forward, self.policy.reference_ahead)
+            place = self.policy.reference_position(start, ahead)
+        context = WithReference(past.context if past else None, state.reference)
+        return Past(context, positions, place, self.policy.reference_shift(start))
 
     def _start(self, first: int) -> int:
         return self.policy.window_start(first)
@@ -367,10 +385,15 @@ class Rollout:
         if not self._hears(state):
             return None
         parts = [self._audio_kv(state, b) for b in blocks]
+        if not blocks[0] and self.policy.first_latent:
+            parts[0] = parts[0].select(slice(self.policy.first_latent, None))
         if lead:
-            n = self.policy.block_latents
-            parts.insert(0, self._audio_kv(state, blocks[0] - 1).select(slice(n - 1, n)))
+            parts.insert(0, self._audio_kv(state, blocks[0] - 1).select(slice(-1, None)))
         return AudioKV.join(parts)
+
+    def _given_sound(self, state: RolloutState) -> AudioKV | None:
+        """What the latent before block 0 hears."""
+        return self._audio_kv(state, 0).select(slice(0, self.policy.first_latent)) if self._hears(state) else None
 
     def _hears(self, state: RolloutState) -> bool:
         return bool(state.audio) and self.model.config.audio is not None

@@ -28,7 +28,8 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin [F * rows * columns, head_dim / 2] for latents at the given temporal indices.
 
-    In steady state of URCR the indices repeat, so the last tables are kept.
+    In steady state of URCR the indices repeat, so the last tables are kept; where they grow for ever, a new table takes
+    the angles of its few new places in time only.
     """
     rows, columns = grid
     return axes_table((positions, tuple(range(rows)), tuple(range(columns))), head_dim, dtype, device)
@@ -45,11 +46,22 @@ def axes_table(
 def _table(
     axes: tuple[tuple[int, ...], ...], head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    angles = [_angles(torch.tensor(list(p)), d) for p, d in zip(axes, axis_dims(head_dim), strict=True)]
-    time, height, width = (a.reshape(shape) for a, shape in zip(angles, _broadcast(angles), strict=True))
+    """Angles are computed for each axis alone; height and width stay as they are while time goes on."""
     full = (*(len(p) for p in axes), -1)
-    table = torch.cat([t.expand(full) for t in (time, height, width)], dim=-1).flatten(0, 2)
-    return table.cos().to(device, dtype), table.sin().to(device, dtype)
+    shapes = [(len(p), *(1,) * (len(axes) - 1 - i), -1) for i, p in enumerate(axes)]
+    parts = [_turns(p, d, dtype, device) for p, d in zip(axes, axis_dims(head_dim), strict=True)]
+    cos, sin = (
+        torch.cat([t.reshape(s).expand(full) for t, s in zip(turns, shapes, strict=True)], dim=-1).flatten(0, 2)
+        for turns in zip(*parts, strict=True)
+    )
+    return cos, sin
+
+
+@lru_cache(maxsize=64)
+def _turns(positions: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin [n, dim / 2] of an axis."""
+    angles = _angles(torch.tensor(list(positions)), dim)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -63,8 +75,3 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
     """[n, dim / 2]"""
     frequency = BASE ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return torch.outer(positions.double(), frequency)
-
-
-def _broadcast(angles: list[Tensor]) -> list[tuple[int, ...]]:
-    time, height, width = angles
-    return [(len(time), 1, 1, -1), (1, len(height), 1, -1), (1, 1, len(width), -1)]

@@ -13,6 +13,7 @@ W audio tokens of a latent frame, h w latent size, n heads, d head dimension.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -187,8 +188,16 @@ class S2VDiT(JoyAvatarDiT):
         parts = zip(self.audio_injector.injector, self.audio_injector.injector_adain_layers, strict=True)
         return AudioKV(tuple((*cast(Injector, attend).kv(local), *adain(whole)) for attend, adain in parts), None)
 
-    def prefill(self, x: Tensor, condition: ConditionKV, position: int, motion: Tensor | None = None) -> list[KV]:
-        """Reference [B, C, 1, h, w] and motion latents [B, C, n, h, w] among themselves, at timestep 0, silently.
+    def prefill(
+        self,
+        x: Tensor,
+        condition: ConditionKV,
+        position: int,
+        motion: Tensor | None = None,
+        audio: AudioKV | None = None,
+    ) -> list[KV]:
+        """Reference [B, C, 1, h, w] and motion latents [B, C, n, h, w] among themselves, at timestep 0; they hear
+        nothing, whatever audio there is.
 
         Raises ValueError if the motion latents are missing, or too small for the coarsest patch.
         """
@@ -207,14 +216,7 @@ class S2VDiT(JoyAvatarDiT):
 
     def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
         """As JoyAvatarDiT; motion latents stand at -1, -3 and -19, -14, -9, -4 (as released), plus the shift."""
-        rows, columns = self._grid(size)
-        groups = [((position,), 1)]
-        groups += [(tuple(t + shift for t in times), coarse) for times, coarse in (((-1,), 1), ((-3,), 2))]
-        groups += [(tuple(t + shift for t in (-19, -14, -9, -4)), 4)]
-        axes = [(times, _spread(rows, coarse), _spread(columns, coarse)) for times, coarse in groups]
-        tables = [axes_table(each, self.config.head_dim, like.dtype, like.device) for each in axes]
-        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        return cos, sin
+        return _reference_table(position, shift, self._grid(size), self.config.head_dim, like.dtype, like.device)
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = super()._embed(x)
@@ -237,6 +239,22 @@ class S2VDiT(JoyAvatarDiT):
         tuned = torch.addcmul(shift[:, :, None], normed, 1 + scale[:, :, None])
         heard = self.audio_injector.injector[which](tuned, k, v)
         return (x + heard).flatten(1, 2)
+
+
+@lru_cache(maxsize=8)
+def _reference_table(
+    position: int, shift: int, grid: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """See S2VDiT.reference_table; the last ones are kept, since all steps of a block ask for the same."""
+    rows, columns = grid
+    groups = [((position,), 1)]
+    groups += [(tuple(t + shift for t in times), coarse) for times, coarse in (((-1,), 1), ((-3,), 2))]
+    groups += [(tuple(t + shift for t in (-19, -14, -9, -4)), 4)]
+    axes = [(times, _spread(rows, coarse), _spread(columns, coarse)) for times, coarse in groups]
+    tables = [axes_table(each, head_dim, dtype, device) for each in axes]
+    with torch.inference_mode(False):  # a kept table may be used in training later
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+    return cos, sin
 
 
 def _spread(cells: int, coarse: int) -> tuple[int, ...]:

@@ -180,7 +180,7 @@ class WindowedSound:
 
     def _window(self, latent: int) -> range:
         """Tokens of the window in which a latent frame's block is heard."""
-        return self._span(latent // self.geometry.block_latents)
+        return self._span(self.geometry.block_of_latent(latent))
 
     def _span(self, block: int) -> range:
         """Tokens of a block's window."""

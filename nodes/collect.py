@@ -44,7 +44,7 @@ class CollectLatents(io.ComfyNode):
     def execute(cls, latents: LatentPlan, limit_gb: float) -> io.NodeOutput:
         geometry, needs = latents.geometry, latents.estimate()
         h, w = geometry.latent_size
-        count = needs.blocks * geometry.block_latents
+        count = geometry.latents_of_block(needs.blocks - 1).stop
         _refuse(latents.model.config.out_channels * count * h * w * 4, limit_gb, float(latents.voice.duration))
         bar = progress_bar(needs.blocks, cls.hidden.unique_id)
         parts = []

@@ -101,7 +101,7 @@ def small_rollout(
     tokens = reference_tokens(channels[:, 4:, 0], SMALL.patch)
     with torch.no_grad():
         kv = model.condition(image=tokens)
-    geometry = replace(GEOMETRY, block_latents=policy.block_latents)
+    geometry = replace(GEOMETRY, **policy.block_sizes)
     return Rollout(model, policy, geometry, Condition(kv, ImageChannels(channels)), seed, torch.device("cpu"), dtype)
 
 
@@ -119,6 +119,7 @@ def roll(rollout: Rollout, blocks: int, state: RolloutState | None = None) -> to
     out = []
     while state.window < rollout.policy.num_windows(blocks):
         if state.window < blocks:
-            state.audio[state.window] = audio_tokens(state.window, rollout.policy.block_latents)
+            shown = rollout.geometry.latents_of_block(state.window)
+            state.audio[state.window] = audio_tokens(state.window, len(shown))
         out += [done.latents for done in rollout.run_window(state, blocks)]
     return torch.cat(out, dim=2)

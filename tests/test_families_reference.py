@@ -1,9 +1,9 @@
 """Rollouts and single forwards against the numbers of the public implementations, with the same weights and noise.
 
-`tests/golden/families.json` holds what guandeh17/Self-Forcing, NVlabs/LongLive (v1.0), GAIR-NLP/LiveTalk and
-KlingAIResearch/AvatarForcing gave in float64 for the weights of `helpers.fill`, the engine's own noise and the inputs
-made here from seeds; docs/parity.md names the commits and what was patched. In float64 a rollout agrees to 1e-6: they
-keep their noise levels in float32.
+`tests/golden/families.json` holds what guandeh17/Self-Forcing, NVlabs/LongLive (v1.0), TencentARC/RollingForcing,
+GAIR-NLP/LiveTalk and KlingAIResearch/AvatarForcing gave in float64 for the weights of `helpers.fill`, the engine's own
+noise and the inputs made here from seeds; docs/parity.md names the commits and what was patched. In float64 a rollout
+agrees to 2e-6: they keep their noise levels in float32.
 
 Shape legend: B batch, C channels, F latent frames, h w latent size, n latent frames of a block, W pixel frames of one.
 """
@@ -69,18 +69,31 @@ def channels(picture: Tensor) -> ImageChannels:
 
 def rollout(name: str, config: ModelConfig, image: ImageChannels | None, dtype: torch.dtype) -> Rollout:
     model, policy = fill(JoyAvatarDiT(config).to(dtype)), POLICIES[name]
-    geometry = Geometry(48, 32, block_latents=policy.block_latents)
+    geometry = Geometry(48, 32, **policy.block_sizes)
     condition = Condition(model.condition(prompt(dtype)), image)
     return Rollout(model, policy, geometry, condition, SEED, torch.device("cpu"), dtype)
 
 
 @PRECISIONS
-@pytest.mark.parametrize("name", ["self-forcing", "longlive"])
+@pytest.mark.parametrize("name", ["self-forcing", "longlive", "rolling-forcing"])
 @torch.no_grad()
 def test_six_blocks_of_text_to_video(name: str, dtype: torch.dtype, tolerance: float) -> None:
     run = rollout(name, TEXT, None, dtype)
     out = torch.cat([block.latents for block in run.run(run.start(), BLOCKS)], dim=2)
     assert_golden(out, GOLDEN[name], tolerance)
+
+
+@torch.no_grad()
+def test_twelve_blocks_of_rolling_forcing() -> None:
+    """From block 7 on the clean pass has lost sight of the first block, and the cache has been overwritten."""
+    run = rollout("rolling-forcing", TEXT, None, torch.float32)
+    state = run.start()
+    sizes, out = set(), []
+    while state.window < run.policy.num_windows(12):
+        out += [block.latents for block in run.run_window(state, 12)]
+        sizes.add(state.caches[0].keys.numel())
+    assert len(sizes) == 1
+    assert_golden(torch.cat(out, dim=2), GOLDEN["rolling-forcing twelve"], 2e-5)
 
 
 @PRECISIONS
@@ -95,6 +108,23 @@ def test_six_blocks_of_livetalk(dtype: torch.dtype, tolerance: float) -> None:
         out += [done.latents for done in run.run_window(state, BLOCKS)]
     assert torch.equal(out[0][:, :, :1], picture)
     assert_golden(torch.cat(out, dim=2), GOLDEN["livetalk"], tolerance)
+
+
+@PRECISIONS
+@torch.no_grad()
+def test_six_blocks_of_avatarforcing(dtype: torch.dtype, tolerance: float) -> None:
+    """The picture's latent by itself, silent, and then as sink; two latents of the past."""
+    picture, sound = (t.to(dtype) for t in picture_and_sound(1 + 4 * BLOCKS))
+    sound[:, 0] = 0
+    run = rollout("avatarforcing", PACKED, channels(picture), dtype)
+    state, out = run.start(), []
+    while state.window < run.policy.num_windows(BLOCKS):
+        if state.window < BLOCKS:
+            heard = sound[0, run.geometry.latents_of_block(state.window)]
+            state.audio[state.window] = AudioTokens(heard, torch.ones(len(heard), 4, dtype=torch.bool))
+        out += [done.latents for done in run.run_window(state, BLOCKS)]
+    assert [block.shape[2] for block in out] == [5, 4, 4, 4, 4, 4] and torch.equal(out[0][:, :, :1], picture)
+    assert_golden(torch.cat(out, dim=2), GOLDEN["avatarforcing"], tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])

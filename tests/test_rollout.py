@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from joyavatar_core import rollout as rollout_module
+from joyavatar_core import rope
 from joyavatar_core.cache import KVCache
 from joyavatar_core.model import Past
 from joyavatar_core.noise import gaussian
@@ -58,8 +59,8 @@ class RotatedKeys:
 def test_keys_cached_after_rope_fail_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
     """The model will rotate by `now`; undoing that and applying the stored rotation is a post-RoPE cache."""
 
-    def past_after_rope(self, state, first, cache=0):
-        past = original(self, state, first, cache)
+    def past_after_rope(self, state, sight, ring=0):
+        past = original(self, state, sight, ring)
         if past is None:
             return None
         control = RotatedKeys(past.context)
@@ -90,6 +91,28 @@ def test_cached_rollout_is_brute_force(kv_level: str, prediction: str) -> None:
     tokens = reference_tokens(engine.condition.image.picture, SMALL.patch)
     plain = PlainRollout(engine.model, image, tokens, audio, noise, clean_pass=kv_level == "clean")
     assert (plain.run(blocks) - roll(engine, blocks)).abs().max() < 1e-10
+
+
+def test_a_table_further_on_takes_only_the_angles_of_its_places_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that grow for ever: height and width are not computed again, and what is kept has a limit."""
+    computed: list[int] = []
+
+    def counted(positions: torch.Tensor, dim: int) -> torch.Tensor:
+        computed.append(len(positions))
+        return angles(positions, dim)
+
+    angles = rope._angles
+    monkeypatch.setattr(rope, "_angles", counted)
+    place = ((5, 7), 20, torch.float64, torch.device("cpu"))
+    for kept in (rope._turns, rotary_table):
+        kept.cache_clear()
+    tables = [rotary_table(tuple(range(start, start + 6)), *place) for start in (0, 3, 300_000)]
+    assert computed == [6, 5, 7, 6, 6]
+    cos, sin = tables[2]
+    row = 2 * 35 + 4 * 7 + 6  # the third latent, row 4, column 6
+    turned = torch.cat([angles(torch.tensor([at]), dim)[0] for at, dim in ((300_002, 8), (4, 6), (6, 6))])
+    assert torch.allclose(cos[row], turned.cos()) and torch.allclose(sin[row], turned.sin())
+    assert rope._turns.cache_info().maxsize == 64 and rotary_table.cache_info().maxsize == 16
 
 
 def test_window_over_a_clip_is_the_bidirectional_forward() -> None:
@@ -126,7 +149,7 @@ def test_every_policy_is_deterministic_and_bounded(name: str) -> None:
     state = rollout.start()
     sizes = []
     for window in range(24):
-        state.audio[window] = audio_tokens(window, rollout.policy.block_latents)
+        state.audio[window] = audio_tokens(window, len(rollout.geometry.latents_of_block(window)))
         with torch.no_grad():
             rollout.run_window(state)
         sizes.append(state.nbytes())

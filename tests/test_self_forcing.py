@@ -293,7 +293,7 @@ def test_a_batch_is_its_clips_one_by_one(model: JoyAvatarDiT, monkeypatch: pytes
 @pytest.mark.parametrize("name, policy", [*POLICIES.items(), ("live-avatar", LIVE_AVATAR)])
 @pytest.mark.parametrize("history", ["policy", "exit"])
 def test_every_policy_trains(model: JoyAvatarDiT, name: str, policy: RolloutPolicy, history: str):
-    policy = replace(policy, block_latents=GEOMETRY.block_latents)
+    policy = replace(policy, block_latents=GEOMETRY.block_latents, picture_alone=False)  # clips are whole blocks
     main = policy.window_blocks > 1
     drawn = draw(random.Random(1), policy, Odds(main=float(main), blocks=(5, 5)))
     made = sample(model, drawn, policy, history=history)
@@ -448,6 +448,7 @@ def test_inputs_know_their_batch():
         (AUXILIARY, LIVE_AVATAR, inputs(), "no cache for sub-steps"),
         (MAIN, FLASH, inputs(blocks=5), "audio of 15 latents: 18 are needed"),
         (MAIN, FLASH, Inputs(), "needs image tokens"),
+        (MAIN, POLICIES["avatarforcing"], inputs(), "picture_alone: clips are trained in whole blocks"),
     ],
 )
 def test_what_does_not_fit_is_refused(

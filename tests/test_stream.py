@@ -17,7 +17,7 @@ from joyavatar_core.checkpoint import CheckpointError
 from joyavatar_core.conditioning import image_channels, reference_tokens
 from joyavatar_core.config import AudioConfig
 from joyavatar_core.geometry import Geometry
-from joyavatar_core.policy import RolloutPolicy
+from joyavatar_core.policy import POLICIES, RolloutPolicy
 from joyavatar_core.rollout import Condition, Rollout
 from joyavatar_core.stream import AvatarStream, FrameStream, LatentStream
 from joyavatar_core.wav2vec import Wav2Vec2Windows
@@ -30,8 +30,9 @@ WAV2VEC_MODEL = replace(MODEL, audio=AudioConfig("tokens", features=16, width=8)
 RATE = 22050
 
 
-def make_stream(seed: int = 0, hears: str = "log-mel") -> AvatarStream:
-    """A stream of the small model at 32x32 with a random picture."""
+def make_stream(seed: int = 0, hears: str = "log-mel", policy: RolloutPolicy | None = None) -> AvatarStream:
+    """A stream of the small model at 32x32 with a random picture; policy: None for the paper's."""
+    policy = policy or RolloutPolicy()
     torch.manual_seed(7)
     autoencoder = LightAutoencoder(
         AutoencoderConfig(
@@ -44,11 +45,11 @@ def make_stream(seed: int = 0, hears: str = "log-mel") -> AvatarStream:
         )
     ).eval()
     model = small_model(dtype=torch.float32, config=MODEL if hears == "log-mel" else WAV2VEC_MODEL)
-    geometry = Geometry(32, 32, spatial=8, patch=MODEL.patch)
+    geometry = Geometry(32, 32, spatial=8, patch=MODEL.patch, **policy.block_sizes)
     with torch.no_grad():
         channels = image_channels(autoencoder, torch.rand(1, 3, 32, 32) * 2 - 1)
         condition = Condition(model.condition(image=reference_tokens(channels.picture, MODEL.patch)), channels)
-    rollout = Rollout(model, RolloutPolicy(), geometry, condition, seed, torch.device("cpu"), torch.float32)
+    rollout = Rollout(model, policy, geometry, condition, seed, torch.device("cpu"), torch.float32)
     if hears == "log-mel":
         return AvatarStream(LatentStream(rollout, LogMel(geometry, mels=8, hops_per_frame=2)), autoencoder)
     return AvatarStream(LatentStream(rollout, Wav2Vec2Windows(tiny_wav2vec2(), geometry)), autoencoder)
@@ -132,6 +133,27 @@ def test_stream_is_the_rollout_of_the_whole_clip(whole: torch.Tensor) -> None:
         latents = torch.cat([done.latents for done in rollout.run(state, blocks)], dim=2)
         video = stream.frames.autoencoder.decode(latents)
     assert (video[:, :, : whole.shape[2]] - whole).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "joyavatar-flash"])
+def test_every_policy_streams_and_resumes(name: str, tmp_path: Path) -> None:
+    """As long as the sound, the same however that is cut up or broken off; AvatarForcing begins with the picture."""
+    samples, path, policy = sound(5.3), tmp_path / "state.safetensors", POLICIES[name]
+    whole = play(make_stream(policy=policy), samples, [])
+    assert whole.shape[2] == round(5.3 * 16)
+    stream, frames = make_stream(policy=policy), []
+    pieces = samples.split(40_000, dim=1)
+    for piece in pieces[:2]:
+        frames += list(stream.feed(piece, RATE))
+    stream.state.save(path)
+    again = make_stream(policy=policy)
+    again.load_state(path)
+    for piece in pieces[2:]:
+        frames += list(again.feed(piece, RATE))
+    frames += list(again.finish())
+    assert torch.equal(torch.cat(frames, dim=2), whole)
+    first = stream.latents.rollout.geometry.frames_of_block(0)
+    assert frames[0].shape[2] == len(first) == (17 if name == "avatarforcing" else 9)
 
 
 def test_seed_decides(whole: torch.Tensor) -> None:

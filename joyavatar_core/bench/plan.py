@@ -101,7 +101,7 @@ def usable(card: int) -> int:
 def geometry_of(config: ModelConfig, size: tuple[int, int], policy: RolloutPolicy) -> Geometry:
     """Geometry of a configuration whose latents are the light autoencoder's that `random_light` takes."""
     spatial = 8 if config.out_channels == MODELS["flash-1.3b"].out_channels else 16
-    return Geometry(*size, block_latents=policy.block_latents, spatial=spatial, patch=config.patch)
+    return Geometry(*size, **policy.block_sizes, spatial=spatial, patch=config.patch)
 
 
 def need(

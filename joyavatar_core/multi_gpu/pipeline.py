@@ -109,7 +109,7 @@ class Sender(Ranked):
         with self.timeline.span("wait", block):
             for clean in finished:
                 for outlet in self.outlets:
-                    outlet.send(clean.latents)
+                    outlet.send(clean.latents[:, :, -self.policy.block_latents :])
         return finished
 
 
@@ -131,7 +131,7 @@ class Receiver(Ranked):
         if block < 0:
             return []
         with self.timeline.span("wait", block):
-            return [FinishedBlock(block, self.inlet.receive().to(self.device))]
+            return [FinishedBlock(block, self.shown(block, self.inlet.receive().to(self.device)))]
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,7 @@ class SelfForcing(Rollout):
 
     def _cache(self) -> KVCache:
         tokens = self.geometry.tokens_per_latent * self.policy.block_latents
-        return Shelf(self.policy.sink_blocks, self.policy.local_blocks, tokens, self.dtype)
+        return Shelf(self.policy.sink_blocks, self.policy.kept_blocks, tokens, self.dtype)
 
     def _hears(self, state: RolloutState) -> bool:
         return self.inputs.audio is not None and self.model.config.audio is not None
@@ -380,6 +380,8 @@ def _begin(
 def _problems(policy: RolloutPolicy, inputs: Inputs, draw: Draw, history: History) -> Iterator[str]:
     """Why a rollout cannot be run, in words."""
     main, steps = draw.branch == "main", len(policy.timesteps)
+    if policy.picture_alone:
+        yield "picture_alone: clips are trained in whole blocks; choose a policy without it"
     if main and policy.window_blocks == 1:
         yield "the main branch needs a rolling window and window_blocks is 1: draw the auxiliary branch"
     exits = policy.window_blocks if main else 2 * steps

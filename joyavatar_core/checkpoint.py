@@ -53,6 +53,8 @@ _VARIANTS: dict[Variant, tuple[str, str]] = {
 }
 
 
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+"""Ends of the names of files that torch's own reader writes: read as weights only, nothing in them is executed."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _SCALED_REST = (".scale_input", ".input_scale", ".comfy_quant")
@@ -101,7 +103,7 @@ def read(path: str | Path, variant: Variant = "ema") -> tuple[Tensors, dict[str,
         raise CheckpointError(f"no checkpoint at {path}: give the path of a .safetensors file")
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path.name} is GGUF, which only ComfyUI with the node pack ComfyUI-GGUF reads")
-    if path.suffix in (".pt", ".pth", ".ckpt"):
+    if path.suffix in PICKLES:
         return _read_pickle(path, variant), {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -211,6 +213,8 @@ def read_merged(paths: Sequence[str | Path], variant: Variant = "ema") -> tuple[
         merged |= tensors
         metadata |= entries
     for name, adapter in adapters:
+        if not merged:
+            raise CheckpointError(f"{name} is a LoRA: give the file of the model it belongs to as well")
         with _said_of(name):
             merged = lora.put_in(merged, adapter)
     return merged, metadata
@@ -326,7 +330,8 @@ def _read_pickle(path: Path, variant: Variant) -> Tensors:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path.name} holds more than weights: convert it to safetensors") from error
+        reason = "holds more than weights, and no code of a file is run here: take a safetensors file instead"
+        raise CheckpointError(f"{path.name} {reason}") from error
     except _UNREADABLE as error:
         raise CheckpointError(f"{path.name} cannot be read as weights only ({error})") from error
     for name in (*_VARIANTS[variant], "generator_lora", "state_dict", "model"):

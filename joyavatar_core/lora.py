@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 _PREFIX = re.compile(r"^(?:base_model\.|diffusion_model\.|transformer\.|module\.|model\.)+")
@@ -123,20 +124,64 @@ def live_avatar_modules(names: Iterable[str]) -> set[str]:
 def live_avatar(tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Wan2.2-S2V with Live Avatar's adapter put in; tensors of its file that are no part of one replace the model's.
 
-    Raises ValueError naming modules that the adapter lacks or has too many, and tensors that the model has not.
+    Raises ValueError as `whole_live_avatar`, and naming tensors that the model has not.
     """
-    parts = {name: t for name, t in adapter.items() if _PART.search(name)}
-    whole = {_PREFIX.sub("", name): t for name, t in adapter.items() if name not in parts}
-    found, wanted = set(pairs(parts)), live_avatar_modules(tensors)
-    for word, names in (("lacks", wanted - found), ("has too many", found - wanted)):
-        if names:
-            raise ValueError(
-                f"the LoRA {word} {len(names)} modules, e.g. {min(names)}: it changes {len(found)}, "
-                f"Live Avatar's {len(wanted)}; fetch it again"
-            )
+    parts, whole = whole_live_avatar(tensors, adapter)
     for name, tensor in whole.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             held = list(tensors[name].shape) if name in tensors else "nothing of that name"
             raise ValueError(f"{name} {list(tensor.shape)} is no part of a LoRA, and the model has {held}")
     replaced = {name: t.to(tensors[name].dtype) for name, t in whole.items()}
     return merged({**tensors, **replaced}, parts, LIVE_AVATAR_ALPHA)
+
+
+def whole_live_avatar(
+    names: Iterable[str], adapter: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Live Avatar's adapter as (parts of the adapter, other tensors under the model's names).
+
+    names: tensors of the model. Raises ValueError naming modules that the adapter lacks or has too many.
+    """
+    parts = {name: t for name, t in adapter.items() if _PART.search(name)}
+    others = {_PREFIX.sub("", name): t for name, t in adapter.items() if name not in parts}
+    found, wanted = set(pairs(parts)), live_avatar_modules(names)
+    for word, surplus in (("lacks", wanted - found), ("has too many", found - wanted)):
+        if surplus:
+            raise ValueError(
+                f"the LoRA {word} {len(surplus)} modules, e.g. {min(surplus)}: it changes {len(found)}, "
+                f"Live Avatar's {len(wanted)}; fetch it again"
+            )
+    return parts, others
+
+
+# The host's spelling
+
+
+def spelled(adapter: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """An adapter in ComfyUI's own spelling, every module's alpha said, for its reader takes a missing one for the rank.
+
+    names: tensors of the model, under our names. What is no adapter of such modules comes back as it is: the host
+    reads more kinds and spellings than this.
+    Raises ValueError naming a module that the model does not have; of Live Avatar's adapter, which is told by the
+    modules it shares with no other, as `whole_live_avatar`, and naming a tensor that would replace one of the model.
+    """
+    names, alpha, parts = set(names), None, dict(adapter)
+    if _S2V in names and any(".injector." in name for name in adapter):
+        parts, others = whole_live_avatar(names, adapter)
+        if others:
+            raise ValueError(f"{min(others)} is no part of a LoRA: join it with the model by joyavatar convert")
+        alpha = LIVE_AVATAR_ALPHA
+    if not parts or not all(_PART.search(name) for name in parts):
+        return dict(adapter)
+    found = pairs(parts, alpha)
+    foreign = [module for module in found if f"{module}.weight" not in names]
+    if len(foreign) == len(found):
+        return dict(adapter)
+    if foreign:
+        raise ValueError(f"the LoRA changes {foreign[0]}, which the model does not have")
+    out: dict[str, Tensor] = {}
+    for module, pair in found.items():
+        name = f"diffusion_model.{module}"
+        out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = pair.down, pair.up
+        out[f"{name}.alpha"] = pair.down.new_tensor(pair.scale * pair.down.shape[0], dtype=torch.float32)
+    return out

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..joyavatar_core import checkpoint
+from ..joyavatar_core import checkpoint, lora
 from ..joyavatar_core.attention import AttentionFn
 from ..joyavatar_core.autoencoder import LightAutoencoder, light_config
 from ..joyavatar_core.avatar import (
@@ -271,31 +271,34 @@ def _managed(name: str, module: WanVAE | LightAutoencoder) -> HostAutoencoder:
 
 
 def with_lora(model: HostModel, name: str, strength: float) -> HostModel:
-    """The model with a LoRA of the folder `loras`; the given one is as before. ValueError for one of another model."""
-    import comfy.sd
-    import comfy.utils
+    """The model with a LoRA of the folder `loras`; the given one is as before. ValueError for one of another model.
 
-    path = _file("loras", name)
+    A pickle (LongLive's .pt) is read as weights only. Live Avatar's, whose file does not say its scale, gets it.
+    """
+    import comfy.sd
+
+    tensors, _ = checkpoint.read(_file("loras", name))
+    inner = model.patcher.model.diffusion_model.state_dict()
     try:
-        tensors = comfy.utils.load_torch_file(path, safe_load=True)
-    except Exception as error:  # noqa: BLE001 (the host's reader raises all kinds)
-        raise ValueError(f"{name} cannot be read as a LoRA ({error}); fetch it again") from None
+        tensors = lora.spelled(tensors, inner)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     patcher, _ = comfy.sd.load_lora_for_models(model.patcher, None, tensors, strength, 0)
     if not patcher.patches:
         raise ValueError(f"{name} fits nothing in {model.name}: it is a LoRA of another model")
-    sizes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
+    sizes = {f"diffusion_model.{key}": tuple(value.shape) for key, value in inner.items()}
     for key, patches in patcher.patches.items():
         _check_patch(name, model.name, key, patches[-1], sizes)
     return replace(model, patcher=patcher)
 
 
-def _check_patch(lora: str, model: str, key: str, patch: Any, sizes: dict[str, tuple[int, ...]]) -> None:
+def _check_patch(file: str, model: str, key: str, patch: Any, sizes: dict[str, tuple[int, ...]]) -> None:
     """The host only logs patches of another size, and leaves them out."""
     up, down = [*getattr(patch[1], "weights", ()), None, None][:2]
     if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 2:
         given = (up.shape[0], down.shape[1])
         if given != sizes[key][:2]:
-            raise ValueError(f"{lora} has {given} where {model} has {sizes[key][:2]} ({key}): a LoRA of another size")
+            raise ValueError(f"{file} has {given} where {model} has {sizes[key][:2]} ({key}): a LoRA of another size")
 
 
 def attention() -> AttentionFn:

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from joyavatar_core import checkpoint
 from joyavatar_core.avatar import build_model
@@ -49,6 +49,7 @@ def host() -> Iterator[Host]:
         (running.base / "models" / "loras").mkdir(parents=True, exist_ok=True)
         write_lora(running.base / "models" / "loras" / "ours.safetensors", rows=256)
         write_lora(running.base / "models" / "loras" / "other.safetensors", rows=320)
+        write_pickles(running.base / "models" / "loras")
         write_full_size(running.base / "models")
         write_live_avatar(running.base / "models")
         (running.base / "custom_nodes" / "prompts.py").write_text(PROMPTS)
@@ -77,6 +78,14 @@ def write_lora(path: Path, rows: int) -> None:
         },
         path,
     )
+
+
+def write_pickles(loras: Path) -> None:
+    """The same LoRA as LongLive's trainer writes one, and a pickle that would run something."""
+    parts = load_file(loras / "ours.safetensors")
+    names = {name: name.replace("diffusion_model.", "base_model.model.") for name in parts}
+    torch.save({"generator_lora": {names[n]: t for n, t in parts.items()}, "step": 3}, loras / "ours.pt")
+    torch.save({"generator_lora": Path("anything")}, loras / "code.pt")
 
 
 def write_full_size(models: Path) -> None:
@@ -291,16 +300,17 @@ def test_retake_changes_its_seconds_only(host: Host) -> None:
 
 
 def test_lora_off_is_exactly_as_before(host: Host) -> None:
-    def made(name: str, strength: float | None) -> np.ndarray:
+    def made(name: str, strength: float | None, file: str = "ours.safetensors") -> np.ndarray:
         prompt = {**stream(), **video(name)}
         if strength is not None:
-            prompt["11"] = node("JoyAvatarLoRA", model=["2", 0], lora="ours.safetensors", strength=strength)
+            prompt["11"] = node("JoyAvatarLoRA", model=["2", 0], lora=file, strength=strength)
             prompt["5"]["inputs"]["model"] = ["11", 0]
         return frames_of(file_of(host, host.run(prompt)))
 
     before, with_it, after, zero = made("l1", None), made("l2", 1.0), made("l3", None), made("l4", 0.0)
     assert (before != with_it).any()
     assert (before == after).all() and (before == zero).all()
+    assert (made("l5", 1.0, "ours.pt") == with_it).all(), "a trainer's pickle is the same LoRA"
 
 
 def test_full_size_with_stock_loaders_and_stock_decode(host: Host) -> None:
@@ -383,6 +393,7 @@ def test_paste_back_gives_the_whole_picture(host: Host) -> None:
         ({"3": {"width": 72}}, "5", "width must be a positive multiple of 32"),
         ({"3": {"fit": "region", "region_x": 9000}}, "3", "outside the picture"),
         ({"lora": "other.safetensors"}, "11", "a LoRA of another size"),
+        ({"lora": "code.pt"}, "11", "code.pt holds more than weights, and no code of a file is run"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_on_its_node(host: Host, change: dict[str, Any], number: str, message: str) -> None:

@@ -246,6 +246,35 @@ def test_alpha_of_the_file_scales(tmp_path: Path) -> None:
     assert_updated(lora.merged(base, parts), base, updates, 0.25)
 
 
+def test_a_lora_alone_is_no_model(tmp_path: Path) -> None:
+    torch.save({"generator_lora": adapter(PEFT, TEXT)[0]}, tmp_path / "longlive_lora.pt")
+    with pytest.raises(checkpoint.CheckpointError, match=r"longlive_lora.pt is a LoRA: give the file of the model"):
+        load_profiled(tmp_path / "longlive_lora.pt")
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_host_is_told_every_module_and_its_alpha(spelling: str) -> None:
+    """ComfyUI reads names behind `diffusion_model.`, and takes a missing alpha for the rank."""
+    base = weights(TEXT)
+    parts, updates = adapter(SPELLINGS[spelling], TEXT)
+    told = lora.spelled(parts, base)
+    ends = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert told.keys() == {f"diffusion_model.{module}.{end}" for module in MODULES for end in ends}
+    assert {float(told[f"diffusion_model.{module}.alpha"]) for module in MODULES} == {4.0}
+    assert_updated(lora.merged(base, told), base, updates, 1.0)
+
+
+def test_what_the_host_alone_reads_comes_back_as_it_is() -> None:
+    parts, _ = adapter(("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"), TEXT)
+    dora = {**adapter(PEFT, TEXT)[0], "base_model.model.blocks.0.self_attn.q.dora_scale": torch.ones(3)}
+    for given in (parts, dora):
+        assert lora.spelled(given, weights(TEXT)) == given
+    parts, _ = adapter(PEFT, TEXT)
+    parts |= {f"blocks.99.self_attn.q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    with pytest.raises(ValueError, match=r"changes blocks.99.self_attn.q, which the model does not have"):
+        lora.spelled(parts, weights(TEXT))
+
+
 def test_avatarforcing_carries_its_adapters(tmp_path: Path) -> None:
     base = weights(PACKED)
     parts, updates = adapter(("{}.lora_A.default.weight", "{}.lora_B.default.weight"), PACKED, rank=128)
@@ -379,7 +408,7 @@ class Harm:
 def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
     for name, content in (("bare.pt", Harm(tmp_path / "harm")), ("deep.pt", {"generator": Harm(tmp_path / "harm")})):
         torch.save(content, tmp_path / name)
-        assert f"{name} holds more than weights: convert it to safetensors" in said_of(tmp_path / name)
+        assert f"{name} holds more than weights, and no code of a file is run here" in said_of(tmp_path / name)
     (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Harm(tmp_path / "harm"), protocol=2))
     assert said_of(tmp_path / "old.ckpt")
     assert not (tmp_path / "harm").exists()

@@ -183,6 +183,18 @@ def test_a_lora_that_is_not_whole_is_refused(tmp_path: Path, broken, word: str) 
         checkpoint.read_merged([tmp_path / "base.safetensors", tmp_path / "lora.safetensors"])
 
 
+def test_the_host_is_told_the_scale_that_the_file_does_not_say() -> None:
+    """alpha 64 whatever the rank; of any other LoRA of this model, the rank."""
+    told = lora.spelled({f"base_model.model.{n}": t for n, t in adapter().items()}, published())
+    assert len(told) == 3 * 448 and {float(t) for n, t in told.items() if n.endswith("alpha")} == {64.0}
+    other = {n: t for n, t in adapter().items() if n.startswith("blocks.7.")}
+    assert {float(t) for n, t in lora.spelled(other, published()).items() if n.endswith("alpha")} == {2.0}
+    with pytest.raises(ValueError, match=r"lacks 1 modules, e.g. blocks.7.ffn.0"):
+        lora.spelled(without("blocks.7.ffn.0"), published())
+    with pytest.raises(ValueError, match=r"head.bias is no part of a LoRA: join it"):
+        lora.spelled({**adapter(), "head.bias": torch.zeros(3)}, published())
+
+
 def test_other_tensors_of_its_file_replace_the_model_s() -> None:
     """As in the release, whose loader reads them as full weights."""
     mask = torch.ones(3, 128)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
+import torch
 from comfy_api.latest import io, ui
 
 from ..joyavatar_core import policy as policies
+from ..joyavatar_core.estimate import cost_lines
 from ..joyavatar_core.policy import RolloutPolicy
 from . import host
 from .sockets import CATEGORY, Frames, Latents, Model, Reference, Voice
@@ -257,6 +259,7 @@ def describe(plan: LatentPlan) -> str:
             f"work about {_bytes(needs.work_bytes)}; the same at any length",
             f"video: about {_bytes(needs.video_bytes)}; {_bytes(free)} free in the output folder",
             f"live sound must be {needs.lookahead_s:.2f} s ahead",
+            *cost_lines(plan.model.config, policy, geometry, needs.blocks, torch.finfo(plan.model.dtype).bits // 8),
         )
     )
 

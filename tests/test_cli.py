@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -18,6 +19,7 @@ from PIL import Image
 from joyavatar_core.cli import generate as generate_command
 from joyavatar_core.cli.main import main
 from joyavatar_core.generate import Progress, _Saver
+from joyavatar_core.policy import POLICIES
 from joyavatar_core.stream import StreamState
 
 
@@ -63,6 +65,27 @@ def words(picture: Path, sound: Path | str, output: Path, *more: str) -> list[st
         "64x64",
         *more,
     ]
+
+
+@pytest.mark.parametrize("policy", ["rolling-forcing", "avatarforcing", "live-avatar"])
+def test_demo_rolls_out_as_it_is_told(picture: Path, tmp_path: Path, policy: str) -> None:
+    sound = write_sound(tmp_path / "s.wav", 2.3)
+    given = ["--image", str(picture), "--audio", str(sound), "--size", "64x64", "--policy", policy]
+    assert main(["demo", "--out", str(tmp_path), *given]) == 0
+    out = tmp_path / "avatar.mp4"
+    with av.open(str(out)) as file:
+        rolled = json.loads(json.loads(file.metadata["settings"])["policy"])
+    assert rolled == json.loads(json.dumps(asdict(POLICIES[policy])))
+    assert frames_of(out).shape == (37, 64, 64, 3)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_schedule_says_what_every_policy_costs(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "--blocks", "20", "--policy", policy]) == 0
+    said = capsys.readouterr().out
+    *_, last, memory = said.splitlines()
+    assert "cost at " in said and memory.startswith("  K/V: ")
+    assert last.split(":")[0].endswith(str(POLICIES[policy].num_windows(20)))
 
 
 def test_picture_and_voice_to_file(picture: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def demo(args: argparse.Namespace) -> int:
     words = ["generate", "--image", str(samples.picture(args.image)), "--audio", str(samples.voice(args.audio))]
     words += ["--output", str(out / "avatar.mp4"), "--seed", str(args.seed)]
     words += ["--size", args.size] if args.size else []
+    words += ["--policy", args.policy] if args.policy else []
     from .main import build_parser
 
     status = run(build_parser().parse_args(words))

@@ -66,6 +66,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.add_argument("--size", metavar="WxH", help="video size in pixels")
     demo.add_argument("--list", action="store_true", help="name the pictures and voices of the package")
+    demo.add_argument("--policy", choices=tuple(POLICIES), help="how blocks follow each other (joyavatar-flash)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 

@@ -23,7 +23,7 @@ from .sockets import CATEGORY, Reference, Voice
 
 SIZES = {
     "auto": None,
-    **{f"{w}x{h}": (w, h) for w, h in (*values.EMBEDDED_SIZES, *values.FULL_SIZES)},
+    **{f"{w}x{h}": (w, h) for w, h in (*values.EMBEDDED_SIZES, *values.FULL_SIZES, *values.LIVE_AVATAR_SIZES)},
 }
 MOST_CHANNELS = 8  # AAC's
 

@@ -34,6 +34,7 @@ from .host import HostAutoencoder, HostModel
 
 PIECE_SECONDS = 1
 FULL_SIZES = ((512, 512), (480, 832), (832, 480))
+LIVE_AVATAR_SIZES = ((704, 384), (384, 704))
 EMBEDDED_SIZES = ((256, 256), (192, 320), (320, 192))
 WAV2VEC2_OF = {
     "wav2vec2-frames": "wav2vec2-base-960h, a base model",
@@ -131,7 +132,7 @@ class LatentPlan:
             width,
             height,
             self.model.profile.fps,
-            block_latents=self.policy.block_latents,
+            **self.policy.block_sizes,
             spatial=self.autoencoder.patcher.model.spatial,
             patch=self.model.config.patch,
         )
@@ -139,6 +140,8 @@ class LatentPlan:
     def _nearest_size(self) -> tuple[int, int]:
         rows, columns = self.reference.seen.shape[:2]
         sizes = EMBEDDED_SIZES if self.model.name == host.EMBEDDED else FULL_SIZES
+        if self.model.config.s2v:
+            sizes = (FULL_SIZES[0], *LIVE_AVATAR_SIZES)
         return min(sizes, key=lambda size: abs(np.log(columns / rows) - np.log(size[0] / size[1])))
 
     @cached_property

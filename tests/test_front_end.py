@@ -35,7 +35,7 @@ def api(name: str) -> dict[str, Any]:
 
 def test_there_are_workflows() -> None:
     """Without this, an empty folder would pass."""
-    assert len(WORKFLOWS) == 7
+    assert len(WORKFLOWS) == 9
     assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == WORKFLOWS
 
 

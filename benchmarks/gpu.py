@@ -28,6 +28,18 @@ JOBS: dict[str, tuple[str, ...]] = {  # the most wanted first
     "14B 384x704": (*_BENCH, "teacher-14b", "--size", "384x704", "--blocks", "16", "--wan-vae"),
     "optimisations 1.3B 512x512": ("benchmarks/optimisations.py", "--config", "flash-1.3b", "--size", "512x512"),
     "embedded 256x256": (*_BENCH, "tiny", "--blocks", "60", "--baseline"),
+    "1.3B 512x512, one stage after another": (
+        *_BENCH,
+        "flash-1.3b",
+        "--size",
+        "512x512",
+        "--blocks",
+        "32",
+        "--overlap",
+        "off",
+    ),
+    "1.3B 512x512, 2 avatars": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "16", "--batch", "2"),
+    "1.3B 512x512, 4 avatars": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "16", "--batch", "4"),
     "plan, tried under caps": ("-m", "joyavatar_core.cli.main", "bench", "--plan", "--json"),
     "1.3B 512x512, 600 blocks": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "8", "--soak", "600"),
 }
@@ -73,7 +85,9 @@ def summary(figures: dict[str, Any]) -> str:
     """The figures that are asked for first."""
     wanted = ("dit_fps", "end_to_end_fps", "first_frame_s", "share_of_products", "share_of_all", "dit_speedup")
     names = [n for n in (*wanted, "failed", "left out") if n in figures]
-    return ", ".join(f"{n} {figures[n]}" for n in names) or "done"
+    said = [f"{n} {figures[n]}" for n in names]
+    said += [f"together {n} {figures['together'][n]}" for n in wanted[:3] if "together" in figures]
+    return ", ".join(said) or "done"
 
 
 def machine() -> dict[str, str]:

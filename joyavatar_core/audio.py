@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -287,6 +288,12 @@ class AudioTrack:
             state |= {f"resampler.{name}": tensor for name, tensor in self._resampler.state().items()}
         return state
 
+    def copy(self) -> AudioTrack:
+        """A track that goes on bit for bit as this one would, and shares nothing with it."""
+        track = AudioTrack()
+        track.load_state(self.state())
+        return track
+
     def load_state(self, state: StreamTensors) -> None:
         """Take up a state that `state` gave. Raises ValueError if tensors are missing or left over."""
         names = {"samples", "counters"}
@@ -352,13 +359,21 @@ def _average(samples: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """Audio of F latent frames. tokens: float32 [F, W, C]; valid: bool [F, W], at least one per latent frame."""
+    """Audio of F latent frames. tokens: float32 [F, W, C]; valid: bool [F, W], at least one per latent frame.
+
+    Of several avatars side by side (`stack`): [B, F, W, C] and [B, F, W].
+    """
 
     tokens: Tensor
     valid: Tensor
 
     def __post_init__(self) -> None:
-        assert self.valid.shape == self.tokens.shape[:2] and self.tokens.ndim == 3, self.tokens.shape
+        assert self.valid.shape == self.tokens.shape[:-1] and self.tokens.ndim in (3, 4), self.tokens.shape
+
+    @staticmethod
+    def stack(parts: Sequence[AudioTokens]) -> AudioTokens:
+        """The same latent frames of several avatars."""
+        return AudioTokens(torch.stack([p.tokens for p in parts]), torch.stack([p.valid for p in parts]))
 
 
 class AudioFrontEnd(Protocol):

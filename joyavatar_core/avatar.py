@@ -6,7 +6,7 @@ Shape legend: B batch, H W pixels, L tokens, D dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -108,19 +108,15 @@ class Avatar:
 
         decoder: another than the system's own. before_forward, reseed: see Rollout.
         """
+        rollout = self.rollout(picture, policy, seed, encoded)
+        rollout = replace(rollout, before_forward=before_forward, reseed=reseed)
+        return AvatarStream(LatentStream(rollout, self.front_end(rollout.geometry)), decoder or self.autoencoder)
+
+    def rollout(self, picture: Tensor, policy: RolloutPolicy, seed: int, encoded: Encoded | None = None) -> Rollout:
+        """The rollout of a stream for a picture [1, 3, H, W] in [-1, 1]."""
         geometry = self.geometry((picture.shape[3], picture.shape[2]), policy)
-        rollout = Rollout(
-            self.model,
-            policy,
-            geometry,
-            self.condition(picture, encoded),
-            seed,
-            self.device,
-            self.dtype,
-            before_forward=before_forward,
-            reseed=reseed,
-        )
-        return AvatarStream(LatentStream(rollout, self.front_end(geometry)), decoder or self.autoencoder)
+        condition = self.condition(picture, encoded)
+        return Rollout(self.model, policy, geometry, condition, seed, self.device, self.dtype)
 
 
 def still_reference(autoencoder: VideoAutoencoder, picture: Tensor) -> Reference:

@@ -74,6 +74,13 @@ class KVCache:
             self.keys[layer, :, start : start + self.block_tokens] = k.detach()
             self.values[layer, :, start : start + self.block_tokens] = v.detach()
 
+    def part(self, items: slice) -> KVCache:
+        """Of some items of the batch: a view of the same memory, with a count of its own."""
+        part = KVCache.__new__(KVCache)
+        part.__dict__.update(self.__dict__)
+        part.keys, part.values = self.keys[:, items], self.values[:, items]
+        return part
+
     def tensors(self) -> StreamTensors:
         """All that must be saved; `committed` is known to the rollout."""
         return {"keys": self.keys, "values": self.values}

@@ -10,16 +10,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .checkpoint import CheckpointError
-from .stream import AvatarStream, StreamState, checksum
+from .overlap import Lane, Overlap, Shown, ahead, hearing_context, lane_of
+from .sinks import BlockSink, FrameSink, Written, block_sink
+from .stream import AvatarStream, Ear, Heard, LatentBlock, StreamState, checksum
+from .types import StreamTensors
 
 logger = logging.getLogger(__name__)
 
@@ -27,27 +31,26 @@ Chunks = Iterable[tuple[np.ndarray, int]]
 """Sound in pieces: float32 [channels, m] in [-1, 1] and its sample rate."""
 
 
-class FrameSink(Protocol):
-    """Where frames and sound go; media.VideoWriter is one. After a crash it can go on from the end of any block."""
-
-    def write(self, frames: np.ndarray) -> None:
-        """uint8 [T, H, W, 3] RGB."""
-        ...
-
-    def write_audio(self, samples: np.ndarray) -> None:
-        """float32 [channels, m]."""
-        ...
-
-
 @dataclass
 class Progress:
-    """Figures of a run so far. blocks_total is None while live sound has not ended."""
+    """Figures of what is in the sink so far. blocks_total is None while live sound has not ended.
+
+    moment: when the newest block was written (time.perf_counter).
+    """
 
     blocks: int = 0
     frames: int = 0
     blocks_total: int | None = None
     started: float = field(default_factory=time.perf_counter)
     first_frame_s: float | None = None
+    moment: float = 0.0
+
+    def add(self, block: Written) -> None:
+        """Another block is written."""
+        if self.first_frame_s is None:
+            self.first_frame_s = block.shown - self.started
+        self.blocks, self.moment = block.index + 1, block.moment
+        self.frames += block.frames
 
     @property
     def seconds(self) -> float:
@@ -102,9 +105,13 @@ class StateShelf:
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
+    def takes(self, blocks: int) -> bool:
+        """Whether the state after so many blocks is kept."""
+        return bool(self.every) and blocks % self.every == 0
+
     def keep(self, state: StreamState, blocks: int) -> None:
         """After a block: save the state if its turn has come. Raises OSError where it cannot be written."""
-        if not self.every or blocks % self.every:
+        if not self.takes(blocks):
             return
         state.save(self.folder / f"block_{blocks:07d}.safetensors")
         kept = self.kept()
@@ -121,6 +128,7 @@ def generate(
     open_sink: Callable[[int], FrameSink],
     resume: Resume | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    overlap: Overlap | None = None,
 ) -> Progress:
     """Run a stream over a sound, writing frames as they come.
 
@@ -128,25 +136,40 @@ def generate(
         sound: its pieces may have any length. To resume it is read twice: not an iterator then.
         open_sink: from the number of pixel frames written in an earlier run (0: none) to the sink.
         resume: where the state is saved, and whether to go on from it.
-        on_progress: called after every block; may raise to stop (the frames so far are in the sink).
+        on_progress: called after every block that is written; may raise to stop (the frames so far are in the sink).
+        overlap: which stages work beside the rollout (none). Frames and saved states are the same.
 
     Raises ValueError if the sound is empty.
     """
+    overlap = overlap or Overlap()
     frames_done = _load(stream, resume, sound)
-    sink = open_sink(frames_done)
+    latents, lane = stream.latents, lane_of(overlap, stream.latents.rollout.device)
     saver = _Saver(stream, resume) if resume else None
-    progress = Progress(blocks=stream.latents.blocks_done, frames=0)
-    skip = stream.state.track.source_samples
-    for frames in _frames(stream, sound, sink, skip):
-        if progress.first_frame_s is None:
-            progress.first_frame_s = progress.seconds
-        sink.write(to_uint8(frames))
-        progress.frames += frames.shape[2]
-        progress.blocks, progress.blocks_total = stream.latents.blocks_done, stream.latents.blocks_total
-        if saver:
-            saver.after_block(progress)
-        if on_progress:
-            on_progress(progress)
+    progress = Progress(blocks=latents.blocks_done)
+    sink, skip = block_sink(open_sink(frames_done), overlap), stream.state.track.source_samples
+
+    def tell() -> None:
+        for block in sink.written():
+            progress.add(block)
+            if on_progress:
+                on_progress(progress)
+
+    try:
+        with sink, hearing(latents.ear(overlap.hear), sound, overlap, latents.rollout.device, skip) as heard:
+            for now in heard:
+                if not isinstance(now, Heard):
+                    sink.write_audio(now)
+                    continue
+                for block in latents.follow([now]):
+                    sink.write(block.index, frames_of(stream.decode, stream.frames.state, block, lane))
+                    progress.blocks_total = latents.blocks_total
+                    if saver:
+                        saver.after_block(block.index + 1, progress.blocks_total, sink)
+                    tell()
+        tell()
+    finally:
+        for block in sink.written():  # of a run that was stopped: the figures are those of the file
+            progress.add(block)
     return progress
 
 
@@ -160,17 +183,24 @@ class _Saver:
         self.every, self.not_before, self.shelf = resume.every, 0.0, resume.shelf
         self.stale = not resume.go_on  # a state of an earlier run may lie at the path
 
-    def after_block(self, progress: Progress) -> None:
-        """Call when a block has been written. The last block has no state: it is not in the file before the end."""
+    def after_block(self, blocks: int, total: int | None, sink: BlockSink) -> None:
+        """Call when a block was given to the sink, which is waited for before a state says that it is there.
+
+        The last block has no state: it is not in the file before the end.
+        """
         if self.stale:
+            sink.drain()
             self.resume.path.unlink(missing_ok=True)
             self.stale = False
-        last = progress.blocks_total is not None and progress.blocks >= progress.blocks_total
-        if self.shelf and not last:
-            self._keep(progress.blocks)
-        start = time.perf_counter()
-        if not self.every or progress.blocks % self.every or last or start < self.not_before:
+        if total is not None and blocks >= total:
             return
+        if self.shelf and self.shelf.takes(blocks):
+            sink.drain()
+            self._keep(blocks)
+        if not self.every or blocks % self.every or time.perf_counter() < self.not_before:
+            return
+        sink.drain()
+        start = time.perf_counter()
         try:
             self.stream.state.save(self.resume.path)
         except OSError as error:
@@ -190,8 +220,13 @@ class _Saver:
 
 def to_uint8(frames: Tensor) -> np.ndarray:
     """[1, 3, T, H, W] in [-1, 1] -> uint8 [T, H, W, 3]."""
+    return _pixels(frames).cpu().numpy()
+
+
+def _pixels(frames: Tensor) -> Tensor:
+    """The same where the frames are."""
     pixels = frames[0].float().mul(127.5).add_(128).clamp_(0, 255).to(torch.uint8)  # cut off: halves go up
-    return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
+    return pixels.permute(1, 2, 3, 0).contiguous()
 
 
 def from_uint8(picture: np.ndarray) -> Tensor:
@@ -199,17 +234,51 @@ def from_uint8(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def _frames(stream: AvatarStream, sound: Chunks, sink: FrameSink, skip: int) -> Iterator[Tensor]:
-    """Frames of the whole sound; the first `skip` samples, heard before a resume, only reach the sink."""
+def frames_of(
+    decode: Callable[[LatentBlock], Tensor], held: StreamTensors | None, block: LatentBlock, lane: Lane
+) -> Shown:
+    """Frames of a block on their way to the host. held: what the decoder remembers."""
+    with lane.after(block.latents, *(held or {}).values()):
+        return lane.to_host(_pixels(decode(block)))
+
+
+def hearing(
+    ear: Ear, sound: Chunks, overlap: Overlap, device: torch.device, skip: int = 0
+) -> AbstractContextManager[Iterator[np.ndarray | Heard]]:
+    """Pieces of sound for the sink, and what an ear hears of them, while the context lasts.
+
+    With overlap.hear the ear must have a track of its own. skip: samples heard before a resume.
+    """
+    heard = _heard(ear, sound, skip)
+    if not overlap.hear:
+        return nullcontext(heard)
+    return closing(ahead(_apart(heard), overlap.most, _is_tokens, hearing_context(device)))
+
+
+def _heard(ear: Ear, sound: Chunks, skip: int) -> Iterator[np.ndarray | Heard]:
+    """The whole sound; the first `skip` samples, heard before a resume, only reach the sink."""
     for samples, rate in sound:
-        sink.write_audio(samples)
+        yield samples
         fresh = samples[:, min(skip, samples.shape[1]) :]
         skip -= samples.shape[1] - fresh.shape[1]
         if fresh.shape[1]:
-            yield from stream.feed(torch.from_numpy(fresh), rate)
+            yield from ear.feed(torch.from_numpy(fresh), rate)
     if skip:
         raise ValueError("the sound ended before the place to resume from")
-    yield from stream.finish()
+    yield from ear.finish()
+
+
+def _apart(heard: Iterator[np.ndarray | Heard]) -> Iterator[np.ndarray | Heard]:
+    """What a rollout needs that lags behind: blocks, and the end, each with the track as it was then."""
+    for now in heard:
+        if not isinstance(now, Heard):
+            yield now
+        elif now.tokens is not None or now.track.finished:
+            yield Ear.apart(now)
+
+
+def _is_tokens(item: Any) -> bool:
+    return isinstance(item, Heard) and item.tokens is not None
 
 
 def _load(stream: AvatarStream, resume: Resume | None, sound: Chunks) -> int:

@@ -40,7 +40,7 @@ class ConditionKV:
 class AudioKV:
     """What some latent frames hear, per layer: tensors [B, F, ...], here keys and values [B, F, W, heads, head_dim].
 
-    valid [F, W]; None: all tokens.
+    valid [F, W], or [B, F, W] where it differs; None: all tokens.
     """
 
     layers: tuple[tuple[Tensor, ...], ...]
@@ -48,7 +48,7 @@ class AudioKV:
 
     def select(self, frames: slice) -> AudioKV:
         """The same for a slice of the latent frames."""
-        valid = None if self.valid is None else self.valid[frames]
+        valid = None if self.valid is None else self.valid[..., frames, :]
         return AudioKV(tuple(tuple(t[:, frames] for t in layer) for layer in self.layers), valid)
 
     @staticmethod
@@ -61,7 +61,9 @@ class AudioKV:
         known = [p.valid for p in parts if p.valid is not None]
         if not known:
             return AudioKV(layers, None)
-        return AudioKV(layers, torch.cat([known[0].new_ones(p.shape) if p.valid is None else p.valid for p in parts]))
+        batch = known[0].shape[:-2]
+        valid = [known[0].new_ones(*batch, *p.shape) if p.valid is None else p.valid for p in parts]
+        return AudioKV(layers, torch.cat(valid, dim=-2))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,7 +199,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, x: Tensor, frames: int, condition: Sequence[KV | None], audio: KV | None, valid: Tensor | None
     ) -> Tensor:
-        """x [B, L, D]; condition: (text, image, face); audio per latent frame, valid [F, W]."""
+        """x [B, L, D]; condition: (text, image, face); audio per latent frame, valid [F, W] or [B, F, W]."""
         q = self._heads(self.norm_q(self.q(x)))
         text, image, face = condition
         out = sum(self.attention(q, *kv, None) for kv in (text, image) if kv is not None)
@@ -213,7 +215,7 @@ class CrossAttention(nn.Module):
         batch = q.shape[0]
         q = q.unflatten(1, (frames, -1)).flatten(0, 1)
         k, v = (t.flatten(0, 1) for t in audio)
-        mask = None if valid is None else valid.repeat(batch, 1)[:, None, None]
+        mask = None if valid is None else valid.expand(batch, -1, -1).flatten(0, 1)[:, None, None]
         return self.attention(q, k, v, mask).unflatten(0, (batch, frames)).flatten(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -335,7 +337,7 @@ class JoyAvatarDiT(nn.Module):
         return ConditionKV(**parts)
 
     def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
-        """Front-end tokens [B, F, W, C], valid [F, W] -> keys and values: computed once per block.
+        """Front-end tokens [B, F, W, C], valid [F, W] or [B, F, W] -> keys and values: computed once per block.
 
         Packed audio ("added") gives one [B, F, 1, D] for each of `config.audio_layers` instead.
         """

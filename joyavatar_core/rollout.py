@@ -9,8 +9,8 @@ Shape legend: B batch, C latent channels, F latent frames, n latents of a block,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
 from .noise import gaussian, integer
 from .policy import RolloutPolicy, Seen
 from .schedule import DenoiseStep, warp
-from .types import StreamTensors, nbytes
+from .types import StreamTensors, batched, nbytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,15 @@ class Condition:
         if self.reference is None and self.image is not None:
             return Reference(self.image.picture.unsqueeze(2))
         return self.reference
+
+    @staticmethod
+    def join(parts: Sequence[Condition]) -> Condition:
+        """Of several avatars side by side. They must be of one model and size."""
+        return batched(lambda *same: torch.cat(same), *parts)
+
+    def part(self, items: slice) -> Condition:
+        """Of some items of the batch."""
+        return batched(lambda tensor: tensor[items], self)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,16 @@ class RolloutState:
         out |= {} if self.first is None else {"first": self.first}
         return out if self.motion is None else out | {"motion": self.motion}
 
+    def part(self, items: slice) -> RolloutState:
+        """Of some items of the batch, between two windows; the caches stay where they are."""
+        assert not self.pending, "a window is at work"
+        part: RolloutState = batched(lambda tensor: tensor[items], replace(self, caches=(), reference=None))
+        part.caches = tuple(cache.part(items) for cache in self.caches)
+        if self.reference is not None:
+            keys, values = self.reference
+            part.reference = keys[:, items], values[:, items]
+        return part
+
     def nbytes(self) -> int:
         """Bytes of all tensors, derived ones included."""
         kv = [t for a in self.audio_kv.values() for pair in a.layers for t in pair]
@@ -122,6 +141,7 @@ class Rollout:
 
     before_forward: called before every forward of the model; may raise to stop between two of them.
     reseed: blocks with another seed (a retake); no part of what a saved state belongs to.
+    seeds: one for each of several avatars side by side (`together`), in place of seed.
     """
 
     model: JoyAvatarDiT
@@ -134,6 +154,7 @@ class Rollout:
     batch: int = 1
     before_forward: Callable[[], None] = lambda: None
     reseed: Reseed | None = None
+    seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for size, wanted in self.policy.block_sizes.items():
@@ -141,6 +162,35 @@ class Rollout:
                 raise ValueError(f"{size} is {found} in the geometry and {wanted} in the policy: give it block_sizes")
         if (self.policy.reference_sink or self.policy.given_first) and self.condition.picture is None:
             raise ValueError("the policy needs the picture, and this model is given none: choose another policy")
+        least, most = self.policy.reference_ahead
+        if self.seeds and self.policy.reference_sink and least != most:
+            raise ValueError(
+                f"reference_ahead {least}-{most} is drawn for each avatar, but those side by side share their places: "
+                "give one number, or run them one by one"
+            )
+
+    @staticmethod
+    def together(rollouts: Sequence[Rollout]) -> Rollout:
+        """Several avatars side by side, each with its condition and seed: what a rollout of its own would give it.
+
+        ValueError where they are not of one model, policy and size, or one has a condition that another lacks.
+        """
+        first = rollouts[0]
+        for other in rollouts[1:]:
+            if other.model is not first.model or (other.policy, other.geometry) != (first.policy, first.geometry):
+                raise ValueError(
+                    "avatars side by side must be of one model, policy and size: run the others by themselves"
+                )
+            mine, theirs = first.condition, other.condition
+            if any((getattr(mine.kv, part) is None) != (getattr(theirs.kv, part) is None) for part in vars(mine.kv)):
+                raise ValueError("avatars side by side: give all of them a text, a picture and a face, or none")
+        condition = Condition.join([r.condition for r in rollouts])
+        return replace(first, condition=condition, batch=len(rollouts), seeds=tuple(r.seed for r in rollouts))
+
+    def part(self, items: slice) -> Rollout:
+        """Some of the avatars side by side."""
+        seeds = self.seeds[items]
+        return replace(self, condition=self.condition.part(items), batch=len(seeds), seeds=seeds)
 
     def start(self) -> RolloutState:
         """A fresh state: empty caches at their final size."""
@@ -404,7 +454,7 @@ class Rollout:
             tokens = state.audio[block]
             valid = None if bool(tokens.valid.all()) else tokens.valid.to(self.device)
             features = tokens.tokens.to(self.device, self.dtype)
-            state.audio_kv[block] = self.model.audio(features.expand(self.batch, *features.shape), valid)
+            state.audio_kv[block] = self.model.audio(features.expand(self.batch, *features.shape[-3:]), valid)
         return state.audio_kv[block]
 
     def _noisy(self, state: RolloutState, block: int) -> Tensor:
@@ -429,7 +479,10 @@ class Rollout:
 
     def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return gaussian(self._seed(block), block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
+        if not self.seeds:
+            return gaussian(self._seed(block), block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
+        each = [gaussian(seed, block, forward, (1, *shape[1:]), purpose) for seed in self.seeds]  # pyright: ignore
+        return torch.cat(each).to(self.device, wide)
 
     def _seed(self, block: int) -> int:
         return self.reseed.seed if self.reseed and block in self.reseed.blocks else self.seed

@@ -13,7 +13,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .audio import AudioFrontEnd, AudioTrack
+from .audio import AudioFrontEnd, AudioTokens, AudioTrack
+from .geometry import Geometry
 from .rollout import Rollout, RolloutState
 from .types import StreamTensors, VideoAutoencoder, nbytes
 
@@ -72,6 +73,70 @@ class StreamState:
         checkpoint.write(path, tensors, {"stream_state": json.dumps(header)})
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What an ear has done: taken up sound (tokens None), or heard a block.
+
+    track, checksum: of the sound from then on. block: the next one that will be heard, or, with tokens, this one.
+    """
+
+    track: AudioTrack
+    checksum: int
+    block: int
+    tokens: AudioTokens | None = None
+
+
+@dataclass
+class Ear:
+    """Sound -> audio tokens, block after block; the sound before them is dropped.
+
+    track: sound still needed. checksum: of all sound so far. block: the next to hear.
+    """
+
+    front_end: AudioFrontEnd
+    geometry: Geometry
+    track: AudioTrack
+    checksum: int
+    block: int
+
+    def feed(self, samples: Tensor, sample_rate: int) -> Iterator[Heard]:
+        """Take sound [channels, m] or [m] and hear the blocks it completes."""
+        after = checksum(samples, self.checksum)
+        with torch.inference_mode():  # wherever the caller stands: buffers must not change between the modes
+            self.track.push(samples, sample_rate)
+        self.checksum = after
+        yield self._now()
+        while self.track.end >= self.front_end.needs(self.geometry.latents_of_block(self.block).stop):
+            yield self._hear()
+
+    def finish(self) -> Iterator[Heard]:
+        """The sound has ended: hear the remaining blocks. ValueError if there was no sound at all."""
+        with torch.inference_mode():
+            self.track.finish()
+        frames = self.geometry.frames_of_duration(self.track.duration)
+        if not frames:
+            raise ValueError("the audio has 0 samples: there is nothing to speak")
+        yield self._now()
+        while self.block < self.geometry.blocks_of_frames(frames):
+            yield self._hear()
+
+    @staticmethod
+    def apart(heard: Heard) -> Heard:
+        """The same with a track that stays as it is while the ear hears on."""
+        return replace(heard, track=heard.track.copy())
+
+    def _now(self, block: int | None = None, tokens: AudioTokens | None = None) -> Heard:
+        return Heard(self.track, self.checksum, self.block if block is None else block, tokens)
+
+    def _hear(self) -> Heard:
+        block, latents = self.block, self.geometry.latents_of_block(self.block)
+        with torch.inference_mode():
+            tokens = self.front_end.features(self.track, latents)
+            self.track.drop(self.front_end.keeps(latents.stop))
+        self.block += 1
+        return self._now(block, tokens)
+
+
 class LatentStream:
     """Sound in, finished latent blocks out.
 
@@ -106,19 +171,27 @@ class LatentStream:
 
         Consume the iterator before feeding again; between two blocks the state may be saved.
         """
-        heard = checksum(samples, self.state.heard)
-        with torch.inference_mode():  # wherever the caller stands: buffers must not change between the modes
-            self.state.track.push(samples, sample_rate)
-        self.state.heard = heard
-        yield from self._advance()
+        yield from self.follow(self.ear().feed(samples, sample_rate))
 
     def finish(self) -> Iterator[LatentBlock]:
         """The sound has ended: yield the remaining blocks. ValueError if there was no sound at all."""
-        with torch.inference_mode():
-            self.state.track.finish()
-        if not self.frames_total:
-            raise ValueError("the audio has 0 samples: there is nothing to speak")
-        yield from self._advance()
+        yield from self.follow(self.ear().finish())
+
+    def ear(self, apart: bool = False) -> Ear:
+        """What hears for this stream; apart: on a track of its own, so that it may run ahead (see `Ear.apart`)."""
+        state, block = self.state, self.state.rollout.window
+        while block in state.rollout.audio:  # heard before the window was broken off
+            block += 1
+        track = state.track.copy() if apart else state.track
+        return Ear(self.front_end, self.rollout.geometry, track, state.heard, block)
+
+    def follow(self, heard: Iterable[Heard]) -> Iterator[LatentBlock]:
+        """Take up what an ear of this stream has heard, in order, and yield the blocks it completes."""
+        for now in heard:
+            self.state.track, self.state.heard = now.track, now.checksum
+            if now.tokens is not None:
+                self.state.rollout.audio[now.block] = now.tokens
+            yield from self._run()
 
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state. CheckpointError if it belongs to another model, picture, policy or seed."""
@@ -145,32 +218,21 @@ class LatentStream:
         decoder = {k: t.to(self.rollout.device) for k, t in parts["decoder"].items()} if header["started"] else None
         self.state = StreamState(rollout, track, self.state.identity, decoder, header["heard"])
 
-    def _advance(self) -> Iterator[LatentBlock]:
-        geometry, state = self.rollout.geometry, self.state.rollout
+    def _run(self) -> Iterator[LatentBlock]:
+        """All windows whose sound is there."""
+        state = self.state.rollout
         while self._ready():
-            block = state.window
-            if self.blocks_total is None or block < self.blocks_total:
-                latents = geometry.latents_of_block(block)
-                self._hear(block, latents)
             with torch.inference_mode():
                 finished = self.rollout.run_window(state, self.blocks_total)
             for clean in finished:
                 yield LatentBlock(clean.index, clean.latents, self._shown(clean.index))
 
-    def _hear(self, block: int, latents: range) -> None:
-        """Audio tokens of the block that enters the window; the sound before them is dropped."""
-        if block not in self.state.rollout.audio:  # it is there when a window is run again after an interrupt
-            with torch.inference_mode():
-                self.state.rollout.audio[block] = self.front_end.features(self.state.track, latents)
-                self.state.track.drop(self.front_end.keeps(latents.stop))
-
     def _ready(self) -> bool:
-        """Whether the next window can run: the block that enters it has its sound, or the sound has ended."""
-        window, total = self.state.rollout.window, self.blocks_total
-        if total is not None:
-            return window < self.rollout.policy.num_windows(total)
-        needed = self.front_end.needs(self.rollout.geometry.latents_of_block(window).stop)
-        return self.state.track.end >= needed
+        """Whether the next window can run: the block that enters it is heard, or none enters any more."""
+        state, total = self.state.rollout, self.blocks_total
+        if total is None or state.window < total:
+            return state.window in state.audio
+        return state.window < self.rollout.policy.num_windows(total)
 
     def _shown(self, block: int) -> int:
         frames = self.rollout.geometry.frames_of_block(block)
@@ -198,6 +260,14 @@ class FrameStream:
     ) -> None:
         self.autoencoder, self.state, self.lead, self.extra = autoencoder, state, lead, extra
 
+    @staticmethod
+    def of(rollout: Rollout, autoencoder: VideoAutoencoder, state: StreamTensors | None = None) -> FrameStream:
+        """The decoder of a rollout's blocks."""
+        reference = rollout.condition.reference
+        motion = None if reference is None else reference.motion
+        lead = None if motion is None else motion[:, :, :LEAD_LATENTS]
+        return FrameStream(autoencoder, state, lead, rollout.geometry.temporal - 1)
+
     def decode(self, block: LatentBlock) -> Tensor:
         """The next block of a stream -> the frames of it that are shown, [B, 3, T, H, W] in [-1, 1]."""
         state, first = self.state, 0
@@ -216,11 +286,8 @@ class AvatarStream:
     """
 
     def __init__(self, latents: LatentStream, autoencoder: VideoAutoencoder) -> None:
-        reference = latents.rollout.condition.reference
-        motion = None if reference is None else reference.motion
-        lead = None if motion is None else motion[:, :, :LEAD_LATENTS]
-        extra = latents.rollout.geometry.temporal - 1
-        self.latents, self.frames = latents, FrameStream(autoencoder, latents.state.decoder, lead, extra)
+        self.latents = latents
+        self.frames = FrameStream.of(latents.rollout, autoencoder, latents.state.decoder)
         if isinstance(autoencoder, nn.Module):  # a state belongs to its decoder too
             latents.state.identity = _digest(latents.state.identity.encode(), _sample(autoencoder))
 
@@ -230,18 +297,19 @@ class AvatarStream:
 
     def feed(self, samples: Tensor, sample_rate: int) -> Iterator[Tensor]:
         """Take sound and yield the frames it completes; see LatentStream.feed."""
-        yield from map(self._decode, self.latents.feed(samples, sample_rate))
+        yield from map(self.decode, self.latents.feed(samples, sample_rate))
 
     def finish(self) -> Iterator[Tensor]:
         """The sound has ended: yield the remaining frames."""
-        yield from map(self._decode, self.latents.finish())
+        yield from map(self.decode, self.latents.finish())
 
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state; see LatentStream.load_state."""
         self.latents.load_state(path)
         self.frames.state = self.state.decoder
 
-    def _decode(self, block: LatentBlock) -> Tensor:
+    def decode(self, block: LatentBlock) -> Tensor:
+        """Frames of the next block of `latents`."""
         frames = self.frames.decode(block)
         self.state.decoder = self.frames.state
         return frames

@@ -5,7 +5,9 @@ Shape legend: B batch, F latent frames, T pixel frames, C latent channels, h w l
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -16,6 +18,21 @@ StreamTensors = dict[str, Tensor]
 def nbytes(tensors: StreamTensors) -> int:
     """Bytes held by the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def batched(change: Callable[..., Tensor], *same: Any) -> Any:
+    """`change` of the tensors in values of one shape (dataclasses, dicts, tuples); all else is that of the first."""
+    first = same[0]
+    if isinstance(first, Tensor):
+        return change(*same)
+    if isinstance(first, tuple):
+        return tuple(batched(change, *parts) for parts in zip(*same, strict=True))
+    if isinstance(first, dict):
+        return {key: batched(change, *(value[key] for value in same)) for key in first}
+    if is_dataclass(first) and not isinstance(first, type):
+        parts = {f.name: batched(change, *(getattr(value, f.name) for value in same)) for f in fields(first)}
+        return type(first)(**parts)
+    return first
 
 
 class VideoAutoencoder(Protocol):

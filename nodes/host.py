@@ -34,6 +34,7 @@ from ..joyavatar_core.config import ModelConfig
 from ..joyavatar_core.families import PROFILES, Profile
 from ..joyavatar_core.known_weights import licence_warning, recognised, where_to_get
 from ..joyavatar_core.model import JoyAvatarDiT
+from ..joyavatar_core.overlap import Overlap
 from ..joyavatar_core.types import VideoAutoencoder
 from ..joyavatar_core.wan_vae import WanVAE
 
@@ -315,6 +316,13 @@ def attention() -> AttentionFn:
 
 def device_of(patcher: Any) -> torch.device:
     return patcher.load_device
+
+
+def overlap_beside(patcher: Any) -> Overlap:
+    """What may work beside a model of the host: writing, on a GPU. All that uses weights stays in the prompt's thread
+    and on its CUDA stream, where the host brings them.
+    """
+    return replace(Overlap.suited(device_of(patcher)), hear=False, decode=False)
 
 
 def check_interrupt() -> None:

@@ -282,7 +282,8 @@ class Job:
 
         try:
             with self.frames.run() as stream:
-                generate(stream, plan.voice, open_sink, Resume(state, go_on=go_on, shelf=shelf), tell)
+                kept = Resume(state, go_on=go_on, shelf=shelf)
+                generate(stream, plan.voice, open_sink, kept, tell, host.overlap_beside(plan.model.patcher))
         except BaseException as error:
             for writer in writers:
                 writer.__exit__(type(error), error, error.__traceback__)

@@ -23,6 +23,7 @@ from joyavatar_core.cli import bench as command
 from joyavatar_core.cli.main import build_parser, main
 from joyavatar_core.config import MODELS, AudioConfig, FaceConfig, ModelConfig
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.overlap import Overlap
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.wan_vae import WanVAEConfig
 
@@ -271,6 +272,10 @@ def test_a_system_with_all_conditions_is_measured(monkeypatch: pytest.MonkeyPatc
     share = sum(figures["predicted_s"].values()) / figures["window_s"]
     assert figures["share_of_all"] == pytest.approx(share, abs=2e-3)
     assert figures["finite"] and setup.hears
+    two = measure.together(setup, 2, Overlap(hear=True, write=True))
+    assert two["kv_bytes"] == 2 * figures["kv_bytes"] and two["avatars"] == 2
+    assert two["dit_fps"] > 0 and two["end_to_end_fps"] > 0 and two["first_frame_s"] > 0
+    assert measure.end_to_end(setup, Overlap(write=True))["frames_crc32"] == figures["frames_crc32"] != 0
 
 
 def test_wan_decoder_is_measured() -> None:

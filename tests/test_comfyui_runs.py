@@ -107,15 +107,23 @@ def write_full_size(models: Path) -> None:
 
 
 PROMPTS = """
+import sys
 import torch
 class Prompt:
     CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("CONDITIONING",)
     INPUT_TYPES = classmethod(lambda cls: {"required": {"channels": ("INT", {"default": 8})}})
     def make(self, channels):
         return ([[torch.linspace(-1, 1, 5 * channels).reshape(1, 5, channels), {}]],)
-NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
+class Overlap:
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "test", "choose", (), True
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"on": ("BOOLEAN", {"default": True})}})
+    def choose(self, on):
+        core = next(m for name, m in sys.modules.items() if name.endswith("joyavatar_core.overlap"))
+        core.Overlap.suited = staticmethod(lambda device: core.Overlap(hear=on, decode=on, write=on))
+        return ()
+NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt, "TestOverlap": Overlap}
 """
-"""A text encoder for a small model."""
+"""A text encoder for a small model; and what makes the pack take this machine for one with a GPU, as to its stages."""
 
 
 def write_live_avatar(models: Path) -> None:
@@ -247,6 +255,27 @@ def test_cancel_keeps_whole_blocks_and_the_host(host: Host) -> None:
     assert frames == detail["frames"] == 9 + 12 * (detail["blocks"] - 1)
     assert not list(path.parent.glob("cancel*.part.mp4")) and not list(path.parent.glob("cancel*.state.safetensors"))
     assert file_of(host, host.run({**stream(sampler={"seed": 6}), **video("after")})).exists()
+
+
+def test_written_behind_the_prompt(host: Host) -> None:
+    """As beside a GPU, by a thread: the same frames; a cancel keeps whole blocks, as many as the browser is told."""
+    before = frames_of(file_of(host, host.run({**stream(sampler={"seed": 12}), **video("inline")})))
+    host.run({"12": node("TestOverlap", on=True)})
+    try:
+        behind = frames_of(file_of(host, host.run({**stream(sampler={"seed": 12}), **video("behind")})))
+        assert before.shape == behind.shape and (before == behind).all()
+        prompt = host.submit({**stream("long.wav", sampler={"seed": 12}), **video("stopped")})
+        wait_until(lambda: (s := session(host, "running")) and s["blocks"] >= 3)
+        host.interrupt()
+        with pytest.raises(HostError) as caught:
+            host.wait(prompt)
+        assert caught.value.interrupted
+        detail = wait_until(lambda: session(host, "cancelled"))
+        path = host.base / "output" / "t" / detail["file"]["filename"]
+        assert path.name.startswith("stopped") and not list(path.parent.glob("stopped*.part.mp4"))
+        assert len(frames_of(path)) == detail["frames"] == 9 + 12 * (detail["blocks"] - 1)
+    finally:
+        host.run({"12": node("TestOverlap", on=False)})
 
 
 def test_the_growing_file_is_served_and_plays(host: Host, tmp_path: Path) -> None:

@@ -305,6 +305,17 @@ def test_picture_tokens_leave_the_last_block_but_one(tmp_path: Path) -> None:
     assert got.shape == (1, 5, CLIP) and torch.allclose(got, seen[0], atol=1e-6)
 
 
+def test_pictures_side_by_side_are_seen_apart(files: Path) -> None:
+    """One model and one text for both; each picture as by itself."""
+    args = build_parser().parse_args(words(files, files / "out.mp4"))
+    grey, black = np.full((90, 70, 3), 128, np.uint8), np.zeros((80, 80, 3), np.uint8)
+    _, both = full_size.load_for_pictures(args, [grey, black], "cpu", torch.float32)
+    _, second = full_size.load_full_size(args, black, "cpu", torch.float32)
+    assert both[1].image is not None and second.image is not None and both[0].image is not None
+    assert torch.equal(both[1].image, second.image) and not torch.allclose(both[0].image, second.image)
+    assert both[0].text is both[1].text is not None
+
+
 def test_clip_pixels_are_normalised() -> None:
     grey = np.full((50, 30, 3), 128, np.uint8)
     pixels = full_size.clip_pixels(grey, 224)

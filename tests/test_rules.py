@@ -19,12 +19,13 @@ LONGEST_FUNCTION = 80
 LAYERS = [
     {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint", "known_weights"}
     | {"lora", "families"},
-    {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors"},
+    {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors", "overlap", "sinks"},
     {"model", "s2v", "wav2vec", "wav2vec_frames", "s2v_audio", "front_ends", "estimate"},
     {"rollout", "plain"},
     {"stream"},
     {"avatar", "generate", "measures", "media"},
-    {"retake", "bench", "multi_gpu"},
+    {"retake", "together"},
+    {"bench", "multi_gpu"},
     {"cli", "training"},
 ]
 IO_LIBRARIES = {"av", "cv2", "PIL", "tqdm"}

@@ -8,8 +8,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ from ..avatar import Avatar
 from ..conditioning import reference_tokens
 from ..generate import FrameSink, generate, to_uint8
 from ..noise import gaussian
+from ..overlap import Overlap
 from ..plain import PlainRollout, _frequency_table, plain_decode
+from ..rollout import Rollout
 from ..stream import AvatarStream
-from ..types import VideoAutoencoder
+from ..together import Speaker, generate_together
+from ..types import VideoAutoencoder, nbytes
 from . import timing
 from .ceilings import Ceilings
 from .costs import model_cost
@@ -34,6 +39,7 @@ from .subject import Setup, run_steady_window, steady_state
 from .trace import KINDS, flops, moved_bytes
 
 RATE = 16000
+KEPT_BLOCKS = 8
 Figures = dict[str, Any]
 
 
@@ -130,8 +136,11 @@ def writing(setup: Setup, repeats: int = 20) -> float | None:
 # End to end
 
 
-def end_to_end(setup: Setup) -> Figures:
-    """Sound to finished file: all frames over all seconds, the time to the first frame, the most memory."""
+def end_to_end(setup: Setup, overlap: Overlap | None = None) -> Figures:
+    """Sound to finished file: all frames over all seconds, the time to the first frame, the most memory.
+
+    overlap: see `generate`. `frames_crc32`, of the first blocks, is to be the same with any.
+    """
     avatar = setup.avatar
     timing.restart_peak(avatar.device)
     pieces = list(_chunks(sound(setup.frames / float(avatar.fps))))
@@ -142,7 +151,7 @@ def end_to_end(setup: Setup) -> Figures:
         with ExitStack() as stack:
             writer = _writer(setup, Path(folder), stack)
             sink = _Sink(writer)
-            progress = generate(stream, pieces, lambda _: sink)
+            progress = generate(stream, pieces, lambda _: sink, overlap=overlap)
         taken = time.perf_counter() - start
     assert progress.frames == setup.frames, (progress.frames, setup.frames)
     lead = setup.policy.lead_blocks * len(setup.geometry.frames_of_block(1)) / float(avatar.fps)
@@ -153,7 +162,55 @@ def end_to_end(setup: Setup) -> Figures:
         "first_frame_s": round(first, 3),
         "lookahead_s": lead,
         "first_frame_live_s": round(first + lead, 3),
+        "overlap": [name for name in ("hear", "decode", "write") if overlap and getattr(overlap, name)],
+        "frames_crc32": sink.checksum,
         "state_mb": round(stream.state.nbytes() / 1e6, 2),
+        "peak_bytes": timing.peak_bytes(avatar.device),
+    }
+
+
+def together(setup: Setup, count: int, overlap: Overlap | None = None) -> Figures:
+    """So many avatars through one rollout: frames a second of all of them, transformer and end to end; memory."""
+    return {"avatars": count} | _transformer_together(setup, count) | _end_to_end_together(setup, count, overlap)
+
+
+@torch.inference_mode()
+def _transformer_together(setup: Setup, count: int) -> Figures:
+    device, rollout = setup.avatar.device, Rollout.together([setup.rollout()] * count)
+    state = steady_state(rollout)
+
+    def window() -> None:
+        run_steady_window(rollout, state)
+
+    timing.seconds(window, device, repeats=2, warm_up=0)
+    timing.restart_peak(device)
+    taken = statistics.median(timing.seconds(window, device, repeats=8, warm_up=0))
+    return {
+        "dit_fps": round(count * len(setup.geometry.frames_of_block(1)) / taken, 2),
+        "window_s": round(taken, 6),
+        "window_peak_bytes": timing.peak_bytes(device),
+        "kv_bytes": sum(nbytes(cache.tensors()) for cache in state.caches),
+    }
+
+
+def _end_to_end_together(setup: Setup, count: int, overlap: Overlap | None) -> Figures:
+    avatar, sinks = setup.avatar, []
+    timing.restart_peak(avatar.device)
+    pieces = list(_chunks(sound(setup.frames / float(avatar.fps))))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            speakers = []
+            for i in range(count):
+                rollout = avatar.rollout(setup.picture, setup.policy, i, setup.encoded)
+                sinks.append(_Sink(_writer(setup, Path(folder), stack, f"{i}.mp4")))
+                front_end = avatar.front_end(setup.geometry)
+                speakers.append(Speaker(rollout, front_end, avatar.autoencoder, pieces, sinks[-1]))
+            made = generate_together(speakers, None, overlap)
+        taken = time.perf_counter() - start
+    return {
+        "end_to_end_fps": round(sum(progress.frames for progress in made) / taken, 2),
+        "first_frame_s": round(max(sink.first for sink in sinks) - start, 3),
         "peak_bytes": timing.peak_bytes(avatar.device),
     }
 
@@ -163,9 +220,17 @@ class _Sink:
 
     def __init__(self, writer: FrameSink | None) -> None:
         self.writer, self.first = writer, 0.0
+        self.kept: list[np.ndarray] = []
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the frames of the first blocks, made after the run."""
+        return reduce(lambda before, frames: zlib.crc32(frames, before), self.kept, 0)
 
     def write(self, frames: np.ndarray) -> None:
         self.first = self.first or time.perf_counter()
+        if len(self.kept) < KEPT_BLOCKS:
+            self.kept.append(frames)
         if self.writer:
             self.writer.write(frames)
 
@@ -304,7 +369,7 @@ def _endless(stream: AvatarStream) -> Iterator[Tensor]:
             yield block.latents
 
 
-def _writer(setup: Setup, folder: Path, stack: ExitStack) -> Any:
+def _writer(setup: Setup, folder: Path, stack: ExitStack, name: str = "bench.mp4") -> Any:
     """A video file that is closed with the stack; None without PyAV."""
     try:
         from ..media.writer import VideoWriter
@@ -314,7 +379,7 @@ def _writer(setup: Setup, folder: Path, stack: ExitStack) -> Any:
     writer: Callable[..., Any] = VideoWriter
     return stack.enter_context(
         writer(
-            folder / "bench.mp4",
+            folder / name,
             width,
             height,
             source_fps=setup.avatar.fps,

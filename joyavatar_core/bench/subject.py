@@ -208,7 +208,7 @@ def steady_state(rollout: Rollout) -> RolloutState:
             if tensor.device.type != "meta":
                 tensor.normal_()
     channels = rollout.model.config.out_channels
-    state.motion = torch.randn(1, channels, 1, *geometry.latent_size).to(rollout.device)
+    state.motion = torch.randn(rollout.batch, channels, 1, *geometry.latent_size).to(rollout.device)
     state.audio = {b: _heard(rollout, b) for b in range(first - 1, state.window)}
     return state
 

@@ -18,7 +18,8 @@ from ..avatar import default_dtype
 from ..bench import ceilings, measure, plan, subject, timing
 from ..config import MODELS
 from ..model import Block
-from .options import device_of, dtype_of, size_of
+from ..overlap import Overlap
+from .options import device_of, dtype_of, overlap_of, size_of
 
 _FRAMES_OF_SECOND = 16  # of a video in real time
 
@@ -32,7 +33,10 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     setup = _setup(args, device)
-    figures = _machine(args, setup) | figures_of(setup, args.wan_vae, args.baseline, args.soak)
+    overlap = overlap_of(args.overlap, device)
+    figures = _machine(args, setup) | figures_of(setup, args.wan_vae, args.baseline, args.soak, None, overlap)
+    if args.batch:
+        figures["together"] = measure.together(setup, args.batch, overlap)
     if not args.json:
         print("\n".join(_lines(figures)))
     print(json.dumps(figures))
@@ -45,8 +49,9 @@ def figures_of(
     baseline: bool = False,
     soak: int | None = None,
     sizes: ceilings.Sizes | None = None,
+    overlap: Overlap | None = None,
 ) -> dict[str, Any]:
-    """All that is measured of a system. sizes: of what the ceilings are measured with."""
+    """All that is measured of a system. sizes: of what the ceilings are measured with. overlap: of `end_to_end`."""
     avatar = setup.avatar
     config, attention = avatar.model.config, cast(Block, avatar.model.blocks[0]).self_attn.attention
     best = ceilings.measure(avatar.device, avatar.dtype, config.heads, config.head_dim, sizes, attention)
@@ -57,7 +62,7 @@ def figures_of(
         figures["decode"]["wan"] = measure.decoder(setup, subject.random_wan(avatar.device, avatar.dtype))
     figures["features_fps"] = measure.features(setup)
     figures["write_fps"] = measure.writing(setup)
-    figures |= measure.end_to_end(setup)
+    figures |= measure.end_to_end(setup, overlap)
     if soak:
         figures["soak"] = measure.soak(setup, soak)
     if baseline:
@@ -75,6 +80,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--threads {args.threads} must be at least 1")
     if not 8 <= args.blocks <= 20_000:
         raise ValueError(f"--blocks {args.blocks} must lie in 8 .. 20000")
+    if args.batch is not None and not 1 <= args.batch <= 64:
+        raise ValueError(f"--batch {args.batch} must lie in 1 .. 64 avatars")
     if args.soak is not None and not 210 <= args.soak <= 1_000_000:
         raise ValueError(f"--soak {args.soak} must lie in 210 .. 1000000: the first and the last hundred blocks")
     if args.wan_vae and args.config == "tiny":

@@ -11,7 +11,8 @@ import argparse
 import contextlib
 import html
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def load_full_size(
     args: argparse.Namespace, picture: np.ndarray, device: str, dtype: torch.dtype | None = None
 ) -> tuple[Avatar, Encoded]:
-    """The system that --model, --vae and the encoder options name.
+    """`load_for_pictures` of one picture."""
+    avatar, encoded = load_for_pictures(args, [picture], device, dtype)
+    return avatar, encoded[0]
+
+
+def load_for_pictures(
+    args: argparse.Namespace, pictures: Sequence[np.ndarray], device: str, dtype: torch.dtype | None = None
+) -> tuple[Avatar, list[Encoded]]:
+    """The system that --model, --vae and the encoder options name, and what its encoders say of each picture.
 
     Args:
         args: options of `joyavatar generate`.
-        picture: uint8 [H, W, 3].
+        pictures: uint8 [H, W, 3].
         device, dtype: where and in what the transformer and the autoencoder run; None: what suits the device.
     Raises:
         ValueError: the model needs an option that was not given, or parts do not fit together.
@@ -73,7 +82,7 @@ def load_full_size(
     autoencoder = _autoencoder("--vae", args.vae, model.config, place, dtype)
     front_end = _front_end(args.audio_encoder, args.whole_audio, model.config, profile, place)
     size = size_of(args.size) if args.size else DEFAULT_SIZE
-    encoded = _encoded(args, model.config, fit_picture(picture, *size, args.fit), place, dtype)
+    encoded = _encoded(args, model.config, [fit_picture(p, *size, args.fit) for p in pictures], place, dtype)
     model = model.to(place, dtype).requires_grad_(False)
     avatar = Avatar(model, autoencoder, front_end, place, dtype, profile.fps, DEFAULT_SIZE, profile.policy)
     return avatar, encoded
@@ -238,10 +247,15 @@ def _check_width(path: str, width: int, features: int) -> None:
 
 
 def _encoded(
-    args: argparse.Namespace, config: ModelConfig, picture: np.ndarray, device: torch.device, dtype: torch.dtype
-) -> Encoded:
-    """What the encoders, or the files with their outputs, say; None for what the model does not take."""
-    text = image = face = None
+    args: argparse.Namespace,
+    config: ModelConfig,
+    pictures: Sequence[np.ndarray],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Encoded]:
+    """What the encoders, or files with their outputs, say of each picture; None for what the model does not take."""
+    text = face = None
+    images: list[Tensor | None] = [None] * len(pictures)
     if config.text_dim:
         text = _tokens(
             "--text-encoder",
@@ -250,17 +264,17 @@ def _encoded(
             lambda folder: load_text_encoder(folder, config.text_len, device, dtype)(args.prompt),
         )
     if _takes_clip(config):
-        image = _tokens(
-            "--clip-vision",
-            args.clip_vision,
-            config.image_dim,
-            lambda folder: load_clip_vision(folder, device, dtype)(picture),
-        )
+        see = lru_cache(lambda folder: load_clip_vision(folder, device, dtype))
+        images = [
+            _tokens("--clip-vision", args.clip_vision, config.image_dim, lambda folder, p=p: see(folder)(p))
+            for p in pictures
+        ]
+        see.cache_clear()
     if config.face and args.face:
         face = _face(args, config.face.features)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the encoders held
-    return Encoded(text, image, face)
+    return [Encoded(text, image, face) for image in images]
 
 
 def _tokens(option: str, path: str, channels: int, encode: Callable[[Path], Tensor]) -> Tensor:

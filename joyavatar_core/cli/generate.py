@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -27,10 +27,11 @@ from ..geometry import Geometry
 from ..media.picture import fit_picture, read_picture
 from ..media.sound import PcmPipe, SoundFile
 from ..media.writer import VideoWriter, checked_path, part_path
+from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
 from ..types import VideoAutoencoder
-from .options import device_of, dtype_of, policy_of, several_gpus, size_of
+from .options import device_of, dtype_of, overlap_of, policy_of, several_gpus, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class HeardSound:
 
 def run(args: argparse.Namespace) -> int:
     """`joyavatar generate`."""
+    if any(isinstance(given, list) for given in (args.image, args.audio, args.output, args.seed)):
+        from . import together
+
+        return together.run(args)
     output = checked_path(args.output)
     check(args)
     if several_gpus(args):
@@ -129,26 +134,31 @@ class Job:
     @property
     def state_path(self) -> Path:
         """Of the saved state."""
-        return self.output.with_suffix(".state.safetensors")
+        return state_path(self.output)
+
+    @property
+    def overlap(self) -> Overlap:
+        """Which stages work beside the rollout."""
+        return overlap_of(self.args.overlap, self.stream.latents.rollout.device, live=self.args.audio == "-")
 
     def run(self, settings: dict[str, str]) -> Progress:
         resume = Resume(self.state_path, self.args.checkpoint_blocks, self.args.resume)
         with contextlib.ExitStack() as stack:
             stack.callback(self._forget, resume)
             open_sink, tell = stack.enter_context(self.shown(settings))
-            return generate(self.stream, self.sound, open_sink, resume, tell)
+            return generate(self.stream, self.sound, open_sink, resume, tell, self.overlap)
 
     @contextlib.contextmanager
     def shown(self, settings: dict[str, str]) -> Iterator[tuple[OpenSink, Callable[[Progress], None]]]:
         """What opens the file and what moves the bar, while the run lasts; both are closed after it."""
         with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(_bar())
+            bar = stack.enter_context(progress_bar())
 
             def open_sink(frames_done: int) -> VideoWriter:
                 return stack.enter_context(self._writer(frames_done, settings))
 
             def tell(progress: Progress) -> None:
-                self._note_lag()
+                self._note_lag(progress)
                 _show(bar, progress, self._expected_blocks())
 
             yield open_sink, tell
@@ -185,30 +195,49 @@ class Job:
         path.write_text(json.dumps(report, indent=1) + "\n")
 
     def _writer(self, frames_done: int, settings: dict[str, str]) -> VideoWriter:
-        """A file whose segments are the blocks of the stream: it grows, and can be resumed, block by block."""
-        return VideoWriter.resume(
-            self.output,
-            self.geometry.width,
-            self.geometry.height,
-            frames_done=frames_done,
-            source_fps=self.geometry.fps,
-            output_fps=self.args.fps,
-            audio_rate=self.sound.source.sample_rate,
-            audio_channels=self.sound.source.channels,
-            settings=settings,
-            segment_frames=len(self.geometry.frames_of_block(1)),
-            first_segment_frames=len(self.geometry.frames_of_block(0)),
-            cancelled_by=self.cancelled_by,
+        return writer_of(
+            self.output, self.geometry, self.sound.source, self.args.fps, settings, frames_done, self.cancelled_by
         )
 
-    def _note_lag(self) -> None:
+    def _note_lag(self, progress: Progress) -> None:
         """Live input: time from the arrival of a block's last sound to the block's frames being written."""
         if self.args.audio != "-":
             return
-        stop = self.geometry.frames_of_block(self.stream.latents.blocks_done - 1).stop
+        stop = self.geometry.frames_of_block(progress.blocks - 1).stop
         came = self.sound.arrival(float(stop / self.geometry.fps))
         if came is not None:
-            self.lags.append(time.perf_counter() - came)
+            self.lags.append(progress.moment - came)
+
+
+def writer_of(
+    output: Path,
+    geometry: Geometry,
+    source: SoundFile | PcmPipe,
+    fps: Fraction | None,
+    settings: dict[str, str],
+    frames_done: int = 0,
+    cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+) -> VideoWriter:
+    """A file whose segments are the blocks of the stream: it grows, and can be resumed, block by block."""
+    return VideoWriter.resume(
+        output,
+        geometry.width,
+        geometry.height,
+        frames_done=frames_done,
+        source_fps=geometry.fps,
+        output_fps=fps,
+        audio_rate=source.sample_rate,
+        audio_channels=source.channels,
+        settings=settings,
+        segment_frames=len(geometry.frames_of_block(1)),
+        first_segment_frames=len(geometry.frames_of_block(0)),
+        cancelled_by=cancelled_by,
+    )
+
+
+def state_path(output: Path) -> Path:
+    """Of the saved state of a run into a file."""
+    return output.with_suffix(".state.safetensors")
 
 
 def check(args: argparse.Namespace) -> None:
@@ -235,13 +264,19 @@ def sound_of(args: argparse.Namespace) -> HeardSound:
 
 def system(args: argparse.Namespace, picture: np.ndarray) -> tuple[Avatar, Encoded]:
     """The model the options name, and what its encoders say of the picture and the prompt."""
+    avatar, encoded = system_of(args, [picture])
+    return avatar, encoded[0]
+
+
+def system_of(args: argparse.Namespace, pictures: Sequence[np.ndarray]) -> tuple[Avatar, list[Encoded]]:
+    """The same for several pictures."""
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     if args.model == "tiny":
-        return load_embedded(device, dtype), Encoded()
-    from .full_size import load_full_size
+        return load_embedded(device, dtype), [Encoded() for _ in pictures]
+    from .full_size import load_for_pictures
 
-    return load_full_size(args, picture, device, dtype)
+    return load_for_pictures(args, pictures, device, dtype)
 
 
 def decoder_of(args: argparse.Namespace, avatar: Avatar) -> VideoAutoencoder | None:
@@ -263,7 +298,7 @@ def settings_of(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geome
     }
 
 
-def _bar() -> Any:
+def progress_bar() -> Any:
     from tqdm import tqdm
 
     return tqdm(unit="block", disable=None, dynamic_ncols=True)

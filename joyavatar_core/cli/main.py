@@ -12,7 +12,7 @@ from .. import samples
 from ..config import MODELS
 from ..policy import POLICIES
 from . import prepare, train
-from .options import add_several_gpus
+from .options import Repeatable, add_overlap, add_several_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,9 +73,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 def _add_generate(commands: argparse._SubParsersAction) -> None:
     p = commands.add_parser("generate", help="picture and sound to video")
-    p.add_argument("--image", required=True, metavar="FILE")
-    p.add_argument("--audio", required=True, metavar="FILE|-", help="any file with sound; -: PCM from standard input")
-    p.add_argument("--output", required=True, metavar="FILE.mp4")
+    _add_files(p)
     p.add_argument("--model", default="tiny", metavar="tiny|FILE[,FILE]", help="built-in model or checkpoint files")
     full = p.add_argument_group("full-size models")
     full.add_argument("--vae", metavar="FILE", help="Wan2.1 VAE or a light autoencoder (taew2_1)")
@@ -89,13 +87,13 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     full.add_argument("--face-detector", metavar="FILE.onnx", help="YuNet, which finds the face in the picture")
     full.add_argument("--face-points", metavar='"X,Y ..."', help="the face's five points by hand instead")
     full.add_argument("--prompt", default="", help="text prompt")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--size", metavar="WxH", help="video size in pixels")
     p.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how the picture meets the size")
     p.add_argument("--fps", type=_fraction, metavar="N", help="output frame rate by retiming, e.g. 24, 25, 30 (native)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     p.add_argument("--threads", type=int, help="CPU threads")
+    add_overlap(p)
     _add_policy(p)
     p.set_defaults(policy=None)  # the model's own
     add_several_gpus(p)
@@ -104,6 +102,24 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same settings")
     p.add_argument("--json", metavar="REPORT", help="write figures of the run to this file")
     p.set_defaults(run=_generate)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """What goes in and out; each may be given several times, for several avatars at a time."""
+    p = parser.add_argument_group("files; several of --image, --audio or --seed make several videos at a time")
+    p.add_argument("--image", required=True, action=Repeatable, metavar="FILE")
+    p.add_argument(
+        "--audio", required=True, action=Repeatable, metavar="FILE|-", help="any file with sound; -: PCM from stdin"
+    )
+    p.add_argument(
+        "--output",
+        required=True,
+        action=Repeatable,
+        metavar="FILE.mp4|DIR",
+        help="of several videos: one each, or a folder",
+    )
+    p.add_argument("--seed", type=int, default=0, action=Repeatable)
+    p.add_argument("--batch", type=int, metavar="N", help="of several videos, so many through one rollout (all)")
 
 
 def _add_policy(parser: argparse.ArgumentParser) -> None:
@@ -176,9 +192,11 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     p.add_argument("--threads", type=int, help="CPU threads")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    add_overlap(p)
     p.add_argument("--random", action="store_true", help="random weights instead of the embedded ones")
     p.add_argument("--baseline", action="store_true", help="measure the plain way too")
     p.add_argument("--wan-vae", action="store_true", help="measure Wan2.1's decoder too")
+    p.add_argument("--batch", type=int, metavar="N", help="measure N avatars through one rollout too")
     p.add_argument(
         "--soak", type=int, nargs="?", const=10_101, metavar="N", help="compare early and late blocks of N (%(const)s)"
     )

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..policy import RolloutPolicy, changed, policy
 
 if TYPE_CHECKING:
     import torch
+
+    from ..overlap import Overlap
 
 
 def dtype_of(word: str) -> torch.dtype | None:
@@ -30,6 +33,35 @@ def device_of(word: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {word}: {str(error).splitlines()[0]}; use auto, cpu, cuda, ...") from error
     return word
+
+
+class Repeatable(argparse.Action):
+    """An option that may be given several times: its value, or a list of more than one."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: object, option_string: object = None
+    ) -> None:
+        given = [*vars(namespace).get(f"{self.dest}_given", []), values]
+        setattr(namespace, f"{self.dest}_given", given)
+        setattr(namespace, self.dest, given if len(given) > 1 else values)
+
+
+def add_overlap(parser: argparse.ArgumentParser) -> None:
+    """The option of `overlap_of`."""
+    parser.add_argument(
+        "--overlap",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="hear, decode and write beside the transformer; auto: where that is a GPU's",
+    )
+
+
+def overlap_of(word: str, device: torch.device, live: bool = False) -> Overlap:
+    """The overlap an option names. live: sound that comes as it is spoken, which cannot be heard ahead."""
+    from ..overlap import Overlap
+
+    ways = {"auto": Overlap.suited(device), "on": Overlap(hear=True, decode=True, write=True), "off": Overlap()}
+    return replace(ways[word], hear=ways[word].hear and not live)
 
 
 def policy_of(args: argparse.Namespace, own: str = "joyavatar-flash") -> RolloutPolicy:

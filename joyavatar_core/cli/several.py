@@ -20,6 +20,7 @@ from ..multi_gpu import timeline
 from ..multi_gpu.launcher import interruptible, launch
 from ..multi_gpu.members import Member, RankLostError, met, started_by_torchrun
 from ..multi_gpu.run import Plan, RankedRun, ranked_run
+from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from .generate import Job, decoder_of, settings_of, sound_of, system
 from .options import policy_of, size_of
@@ -78,7 +79,8 @@ def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
     job.cancelled_by = (KeyboardInterrupt, RankLostError)
     job.state_path.unlink(missing_ok=True)  # of an earlier run, whose part this one replaces
     with job.shown(settings_of(job.args, policy, job.geometry)) as (open_sink, tell):
-        progress = ranked.run(job.sound, open_sink, tell)
+        # hearing and decoding stay where they are: ranks keep step, and a timeline waits for what it times
+        progress = ranked.run(job.sound, open_sink, tell, Overlap(write=job.overlap.write))
     assert progress
     rows = ranked.timelines()
     print(timeline.table(rows))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..avatar import Avatar, Encoded
 from ..generate import Chunks, FrameSink, Progress, generate
+from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from ..rollout import Rollout
 from ..stream import AvatarStream, LatentBlock, LatentStream, spoken
@@ -76,9 +78,10 @@ class TimedStream(AvatarStream):
         super().__init__(latents, autoencoder)
         self.timeline = timeline
 
-    def _decode(self, block: LatentBlock) -> Tensor:
+    def decode(self, block: LatentBlock) -> Tensor:
+        """See AvatarStream."""
         with self.timeline.span("compute", block.index):
-            return super()._decode(block)
+            return super().decode(block)
 
 
 @dataclass
@@ -98,6 +101,11 @@ class TimedSink:
         self.sink.write_audio(samples)
 
 
+def _timed(open_sink: Callable[[int], FrameSink] | None, timeline: Timeline, frames_done: int) -> TimedSink:
+    assert open_sink, "the writer's rank needs a sink"
+    return TimedSink(open_sink(frames_done), timeline)
+
+
 @dataclass(frozen=True)
 class RankedRun:
     """What a rank runs: a stream over the whole sound; the writer decodes its blocks and has the sink."""
@@ -115,18 +123,18 @@ class RankedRun:
         sound: Chunks,
         open_sink: Callable[[int], FrameSink] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        overlap: Overlap | None = None,
     ) -> Progress | None:
         """This rank's part of a run over a sound, which every rank hears for itself. Figures on the writer's rank.
 
-        open_sink: as in `generate`; only the writer's rank needs it.
+        open_sink, overlap: as in `generate`; only the writer's rank needs them.
         Raises RankLostError when another rank is gone; the frames made until then are in the sink.
         """
         timeline, rollout, progress = self.stream.timeline, self.stream.latents.rollout, None
         self.member.wait()
         timeline.origin = perf_counter()
         if self.writes:
-            assert open_sink, "the writer's rank needs a sink"
-            progress = generate(self.stream, sound, lambda n: TimedSink(open_sink(n), timeline), None, on_progress)
+            progress = generate(self.stream, sound, partial(_timed, open_sink, timeline), None, on_progress, overlap)
         else:
             for _ in spoken(self.stream.latents, sound):
                 pass

@@ -239,7 +239,6 @@ def test_several_on_the_command_line(picture: Path, tmp_path: Path, capsys) -> N
             ["--audio", "a.wav", "--audio", "b.wav", "--audio", "c.wav", "--output", "out"],
             "2 of --image and 3 of --audio",
         ),
-        (["--audio", "a.wav", "--output", "out.mp4"], "--output out.mp4: 2 videos need a folder"),
         (["--audio", "a.wav", "--output", "a.mp4", "--output", "a.mp4"], "a.mp4 is named twice"),
         (["--audio", "a.wav", "--output", "out", "--seed", "1", "--seed", "2", "--seed", "3"], "3 of --seed"),
         (["--audio", "-", "--output", "out"], "--audio -: live sound is one"),
@@ -257,3 +256,11 @@ def test_what_several_refuse(tmp_path: Path, capsys, monkeypatch, more: list[str
     assert main(["generate", "--image", "a.png", "--image", "b.png", *more]) == 2
     said = capsys.readouterr().err.strip()
     assert word in said and len(said.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_into_one_file_goes_the_last(tmp_path: Path, capsys, caplog) -> None:
+    """As of any option that is given twice; and it is said."""
+    more = ["--audio", "a.wav", "--output", str(tmp_path / "a.mp4")]
+    assert main(["generate", "--image", "a.png", "--image", "b.png", *more]) == 2
+    assert "--image b.png is used, the last of 2: for a video each give a folder" in caplog.text
+    assert "a.wav" in capsys.readouterr().err

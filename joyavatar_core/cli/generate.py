@@ -31,7 +31,7 @@ from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
 from ..types import VideoAutoencoder
-from .options import device_of, dtype_of, overlap_of, policy_of, several_gpus, size_of
+from .options import device_of, dtype_of, overlap_of, policy_of, several_gpus, several_videos, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class HeardSound:
 
 def run(args: argparse.Namespace) -> int:
     """`joyavatar generate`."""
-    if any(isinstance(given, list) for given in (args.image, args.audio, args.output, args.seed)):
+    if several_videos(args):
         from . import together
 
         return together.run(args)

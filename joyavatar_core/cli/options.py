@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     import torch
 
     from ..overlap import Overlap
+
+logger = logging.getLogger(__name__)
 
 
 def dtype_of(word: str) -> torch.dtype | None:
@@ -44,6 +47,19 @@ class Repeatable(argparse.Action):
         given = [*vars(namespace).get(f"{self.dest}_given", []), values]
         setattr(namespace, f"{self.dest}_given", given)
         setattr(namespace, self.dest, given if len(given) > 1 else values)
+
+
+def several_videos(args: argparse.Namespace) -> bool:
+    """Whether options of `generate` ask for several videos. Into one FILE.mp4 goes one: the last of each counts."""
+    given = [name for name in ("image", "audio", "output", "seed") if isinstance(vars(args)[name], list)]
+    into = args.output
+    if not given or isinstance(into, list) or not into.lower().endswith(".mp4"):
+        return bool(given)
+    for name in given:
+        values = vars(args)[name]
+        logger.warning("--%s %s is used, the last of %d: for a video each give a folder", name, values[-1], len(values))
+        setattr(args, name, values[-1])
+    return False
 
 
 def add_overlap(parser: argparse.ArgumentParser) -> None:

@@ -78,8 +78,6 @@ def _outputs(given: Sequence[str], images: Sequence[str], sounds: Sequence[str])
     if len(given) > 1:
         raise ValueError(f"{len(given)} of --output for {count} videos: give one each, or a folder")
     folder = Path(given[0])
-    if folder.suffix.lower() == ".mp4":
-        raise ValueError(f"--output {given[0]}: {count} videos need a folder, or an --output each")
     stems = [(Path(image).stem, Path(sound).stem) for image, sound in zip(images, sounds, strict=True)]
     ways = ([a for a, _ in stems], [b for _, b in stems], [f"{a}-{b}" for a, b in stems])
     apart = next((names for names in ways if len({name.casefold() for name in names}) == count), None)

@@ -105,7 +105,7 @@ def load_transformer(name: str, precision: str) -> HostModel:
     """
     import comfy.model_management as mm
 
-    path = ASSETS / EMBEDDED_FILES["model"] if name == EMBEDDED else Path(_file("diffusion_models", name))
+    path = ASSETS / EMBEDDED_FILES["model"] if name == EMBEDDED else transformer_path(name)
     if warning := licence_warning(name):
         logger.warning("%s", warning)
     device = mm.get_torch_device()
@@ -115,6 +115,11 @@ def load_transformer(name: str, precision: str) -> HostModel:
     patcher = _patcher(_Wrapper(model, compute), device, mm.unet_offload_device())
     own = embedded_autoencoder() if name == EMBEDDED else None
     return HostModel(name, patcher, model.config, compute, own, profile)
+
+
+def transformer_path(name: str) -> Path:
+    """The file of a transformer. CheckpointError if it is gone."""
+    return Path(_file("diffusion_models", name))
 
 
 def transformer_files() -> list[str]:
@@ -352,6 +357,14 @@ def loaded(patchers: Sequence[Any], working_bytes: int, hint: str) -> Iterator[N
         raise
     finally:
         mm.soft_empty_cache()
+
+
+def let_go() -> None:
+    """All models of the host leave the GPU, for processes that need it."""
+    import comfy.model_management as mm
+
+    mm.unload_all_models()
+    mm.soft_empty_cache()
 
 
 def progress_bar(total: int, node_id: str | None) -> Callable[[int], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
@@ -19,8 +19,9 @@ from ..joyavatar_core.generate import Progress, Resume, StateShelf, generate
 from ..joyavatar_core.media import MediaError
 from ..joyavatar_core.media.mp4 import PRESETS, Part, finished_video
 from ..joyavatar_core.media.writer import VideoWriter, cancelled_path, part_path
+from ..joyavatar_core.multi_gpu.child import Asked
 from ..joyavatar_core.rollout import Reseed
-from . import host
+from . import host, processes
 from .preview import SESSIONS, Session
 from .sockets import CATEGORY, Frames
 from .streams import FramePlan
@@ -46,45 +47,7 @@ class StreamToVideo(io.ComfyNode):
                     default="video/JoyAvatar",
                     tooltip="Where under ComfyUI's output folder; a number is added.",
                 ),
-                io.Float.Input(
-                    "fps",
-                    default=0.0,
-                    min=0.0,
-                    max=120.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip="Frames a second of the file, by repeating frames; 0: the model's own.",
-                ),
-                io.Int.Input(
-                    "crf",
-                    default=18,
-                    min=1,
-                    max=51,
-                    advanced=True,
-                    tooltip="Quality of H.264: lower is better and larger.",
-                ),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    default="veryfast",
-                    advanced=True,
-                    tooltip="Effort of H.264: slower makes smaller files.",
-                ),
-                io.Boolean.Input(
-                    "resume",
-                    default=True,
-                    advanced=True,
-                    tooltip="Go on with an unfinished file of the same settings, after a crash or a restart.",
-                ),
-                io.Float.Input(
-                    "retake_every",
-                    default=10.0,
-                    min=0.0,
-                    max=600.0,
-                    step=1.0,
-                    advanced=True,
-                    tooltip="Keep a state every so many seconds beside the video, for Retake; 0 keeps none.",
-                ),
+                *_advanced(),
             ],
             outputs=[io.Video.Output("video")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -101,17 +64,82 @@ class StreamToVideo(io.ComfyNode):
         preset: str = "veryfast",
         resume: bool = True,
         retake_every: float = 10.0,
+        gpus: int = 1,
+        parallel: str = processes.PARALLEL[0],
     ) -> io.NodeOutput:
         place = Place.of(filename_prefix, frames.size)
         rate = Fraction(fps).limit_denominator(1001) if fps else frames.latents.geometry.fps
         options = {"output_fps": rate, "crf": crf, "preset": preset}
+        alone = gpus == 1
         path = (
-            place.unfinished(lambda part: _begun_by(part, frames, options)) if resume else None
+            place.unfinished(lambda part: _begun_by(part, frames, options)) if resume and alone else None
         ) or place.next_file()
         job = Job(frames, path, place, options, str(cls.hidden.unique_id), _tags(cls.hidden))
-        with job.session(retake_every > 0) as session:
-            job.run(session, path.with_suffix(STATE), retake_every, go_on=part_path(path).exists())
+        with job.session(retake_every > 0 and alone) as session:
+            if alone:
+                job.run(session, path.with_suffix(STATE), retake_every, go_on=part_path(path).exists())
+            else:
+                job.run_apart(session, gpus, parallel)
         return _result(session, path)
+
+
+def _advanced() -> list[Any]:
+    """Inputs of the file and of how it is made."""
+    return [
+        io.Float.Input(
+            "fps",
+            default=0.0,
+            min=0.0,
+            max=120.0,
+            step=1.0,
+            advanced=True,
+            tooltip="Frames a second of the file, by repeating frames; 0: the model's own.",
+        ),
+        io.Int.Input(
+            "crf",
+            default=18,
+            min=1,
+            max=51,
+            advanced=True,
+            tooltip="Quality of H.264: lower is better and larger.",
+        ),
+        io.Combo.Input(
+            "preset",
+            options=list(PRESETS),
+            default="veryfast",
+            advanced=True,
+            tooltip="Effort of H.264: slower makes smaller files.",
+        ),
+        io.Boolean.Input(
+            "resume",
+            default=True,
+            advanced=True,
+            tooltip="Go on with an unfinished file of the same settings, after a crash or a restart.",
+        ),
+        io.Float.Input(
+            "retake_every",
+            default=10.0,
+            min=0.0,
+            max=600.0,
+            step=1.0,
+            advanced=True,
+            tooltip="Keep a state every so many seconds beside the video, for Retake; 0 keeps none.",
+        ),
+        io.Int.Input(
+            "gpus",
+            default=1,
+            min=1,
+            max=16,
+            advanced=True,
+            tooltip="Processes that make the video together, a GPU each; 1: ComfyUI itself makes it.",
+        ),
+        io.Combo.Input(
+            "parallel",
+            options=list(processes.PARALLEL),
+            advanced=True,
+            tooltip="How several processes share the work. auto suits policy and number.",
+        ),
+    ]
 
 
 class Retake(io.ComfyNode):
@@ -293,6 +321,21 @@ class Job:
         finally:
             if not part_path(self.path).exists():
                 state.unlink(missing_ok=True)
+
+    def run_apart(self, session: Session, gpus: int, parallel: str) -> None:
+        """The whole clip by several processes; no states are kept."""
+        plan, progress = self.frames.latents, Progress()
+        tell = self._teller(session, plan.estimate().blocks)
+        writer = {key: value for key, value in self.options.items() if key != "output_fps"}
+        asked = Asked(plan.policy, _settings(self.frames), self.tags, writer)
+
+        def on_block(told: Mapping[str, Any]) -> None:
+            progress.blocks, progress.frames = told["blocks"], told["frames"]
+            progress.blocks_total = told["blocks_total"]
+            progress.first_frame_s = progress.first_frame_s or progress.seconds  # processes and weights included
+            tell(progress)
+
+        processes.run(self.frames, self.path, gpus, parallel, asked, self.options["output_fps"], on_block)
 
     def retake(self, session: Session, part: retakes.Part, seed: int, blend: int, shelf: StateShelf) -> None:
         """Some blocks."""

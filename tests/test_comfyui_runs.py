@@ -16,6 +16,7 @@ from typing import Any
 
 import av
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -276,6 +277,51 @@ def test_written_behind_the_prompt(host: Host) -> None:
         assert len(frames_of(path)) == detail["frames"] == 9 + 12 * (detail["blocks"] - 1)
     finally:
         host.run({"12": node("TestOverlap", on=False)})
+
+
+def test_several_processes(host: Host) -> None:
+    """On the CPU: the same video as ComfyUI's own; a full-size model with what is connected; what is refused."""
+    one = frames_of(file_of(host, host.run({**stream(), **video("own")})))
+    entry = host.run({**stream(), **video("two", gpus=2)}, timeout=900)
+    two = frames_of(file_of(host, entry))
+    assert one.shape == two.shape and np.abs(one.astype(int) - two).mean() < 1
+    (detail,) = entry["outputs"]["7"]["joyavatar"]
+    assert detail["state"] == "done" and detail["frames"] == 51 and detail["blocks"] == 5
+    with av.open(str(file_of(host, entry))) as container:
+        assert json.loads(container.metadata["prompt"])["7"]["inputs"]["gpus"] == 2
+    full = host.run({**full_size(), **video("full_two", gpus=2, parallel="vae")}, timeout=900)
+    assert len(frames_of(file_of(host, full))) == 16
+    prompt = {**stream(), **video("refused", gpus=2)}
+    prompt["11"] = node("JoyAvatarLoRA", model=["2", 0], lora="ours.safetensors", strength=1.0)
+    prompt["5"]["inputs"]["model"] = ["11", 0]
+    with pytest.raises(HostError, match="a LoRA is not in it: set gpus to 1"):
+        host.run(prompt)
+
+
+def test_several_processes_cancelled_and_killed(host: Host) -> None:
+    """A file that plays, the host's own answer to Cancel, one line for a rank that is gone, nobody left."""
+    assert host.process
+    host_process = psutil.Process(host.process.pid)
+    before = {p.pid for p in host_process.children(recursive=True)}
+
+    def ours() -> list[psutil.Process]:
+        return [p for p in host_process.children(recursive=True) if p.pid not in before]
+
+    prompt = host.submit({**stream("long.wav", sampler={"seed": 21}), **video("cancel_two", gpus=2)})
+    wait_until(lambda: (s := session(host, "running")) and s["blocks"] >= 2, 900)
+    host.interrupt()
+    with pytest.raises(HostError) as caught:
+        host.wait(prompt, timeout=900)
+    assert caught.value.interrupted and not ours()
+    detail = wait_until(lambda: session(host, "cancelled"))
+    path = host.base / "output" / "t" / detail["file"]["filename"]
+    assert path.name.startswith("cancel_two") and len(frames_of(path)) >= 9 + 12
+    prompt = host.submit({**stream("long.wav", sampler={"seed": 22}), **video("killed_two", gpus=2)})
+    wait_until(lambda: (s := session(host, "running")) and s["blocks"] >= 2, 900)
+    next(p for p in ours() if "spawn_main" in " ".join(p.cmdline())).kill()
+    with pytest.raises(HostError, match=r"rank \d of 2 was killed \(SIGKILL\); .*plays, with the frames so far"):
+        host.wait(prompt, timeout=900)
+    assert not ours() and list((host.base / "output" / "t").glob("killed_two*.mp4"))
 
 
 def test_the_growing_file_is_served_and_plays(host: Host, tmp_path: Path) -> None:

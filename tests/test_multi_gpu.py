@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from joyavatar_core import samples
 from joyavatar_core.cli import several
 from joyavatar_core.cli.main import build_parser, main
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.multi_gpu.child import Asked, follow
 from joyavatar_core.multi_gpu.launcher import launch
 from joyavatar_core.multi_gpu.links import Inlet
 from joyavatar_core.multi_gpu.members import Member
@@ -250,6 +252,39 @@ def test_a_host_can_stop_a_run(tmp_path: Path) -> None:
         launch(partial(several.rank, args), 2, poll=poll)
     assert not multiprocessing.active_children()
     assert 9 <= len(video_of(tmp_path / "long.cancelled.mp4")) < 320
+
+
+def asked(tmp_path: Path) -> Path:
+    """A policy that options cannot say, and what a host puts into the file."""
+    policy = changed(POLICIES["self-forcing"], {"sink_blocks": 1})
+    path = tmp_path / "asked.json"
+    Asked(policy, {"seed": "0", "made": "by a host"}, {"prompt": "{}"}, {"crf": 30, "preset": "ultrafast"}).write(path)
+    assert Asked.read(path).policy == policy
+    return path
+
+
+def test_another_program_has_it_made(tmp_path: Path) -> None:
+    """As ComfyUI does: it is told of every block, the file has its tags; what is refused is the error."""
+    told: list[dict[str, Any]] = []
+    more = ["--gpus", "2", "--child", str(asked(tmp_path))]
+    follow(words(tmp_path, "a.mp4", *more), lambda: None, lambda block: told.append(dict(block)))
+    assert [t["blocks"] for t in told] == [1, 2, 3, 4, 5] and told[-1]["frames"] == 48 and told[-1]["blocks_total"] == 5
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        settings = json.loads(file.metadata["settings"])
+        assert settings == {"seed": "0", "made": "by a host"} and file.metadata["prompt"] == "{}"
+    with pytest.raises(ChildProcessError, match=r"^size 65x64"):
+        follow([*words(tmp_path, "b.mp4", *more), "--size", "65x64"], lambda: None, lambda block: None)
+
+
+def test_another_program_can_stop_it(tmp_path: Path) -> None:
+    def stop(block: Any) -> None:
+        if block["blocks"] >= 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        follow(words(tmp_path, "long.mp4", "--gpus", "2", "--child", str(asked(tmp_path))), lambda: None, stop)
+    assert 9 <= len(video_of(tmp_path / "long.cancelled.mp4")) < 320
+    assert not list(tmp_path.glob("*.part.mp4")) and not (tmp_path / "long.mp4").exists()
 
 
 def refuses(member: Member) -> None:

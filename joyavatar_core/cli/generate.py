@@ -121,7 +121,7 @@ def demo(args: argparse.Namespace) -> int:
 
 @dataclass
 class Job:
-    """One run: where its parts meet while it lasts. cancelled_by: see VideoWriter."""
+    """One run: where its parts meet while it lasts. cancelled_by, file_options: see VideoWriter."""
 
     stream: AvatarStream
     geometry: Geometry
@@ -130,6 +130,7 @@ class Job:
     args: argparse.Namespace
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
+    file_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def state_path(self) -> Path:
@@ -195,9 +196,8 @@ class Job:
         path.write_text(json.dumps(report, indent=1) + "\n")
 
     def _writer(self, frames_done: int, settings: dict[str, str]) -> VideoWriter:
-        return writer_of(
-            self.output, self.geometry, self.sound.source, self.args.fps, settings, frames_done, self.cancelled_by
-        )
+        more = {"frames_done": frames_done, "cancelled_by": self.cancelled_by, **self.file_options}
+        return writer_of(self.output, self.geometry, self.sound.source, self.args.fps, settings, **more)
 
     def _note_lag(self, progress: Progress) -> None:
         """Live input: time from the arrival of a block's last sound to the block's frames being written."""
@@ -216,9 +216,12 @@ def writer_of(
     fps: Fraction | None,
     settings: dict[str, str],
     frames_done: int = 0,
-    cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
+    **more: Any,
 ) -> VideoWriter:
-    """A file whose segments are the blocks of the stream: it grows, and can be resumed, block by block."""
+    """A file whose segments are the blocks of the stream: it grows, and can be resumed, block by block.
+
+    more: see VideoWriter.
+    """
     return VideoWriter.resume(
         output,
         geometry.width,
@@ -231,7 +234,7 @@ def writer_of(
         settings=settings,
         segment_frames=len(geometry.frames_of_block(1)),
         first_segment_frames=len(geometry.frames_of_block(0)),
-        cancelled_by=cancelled_by,
+        **more,
     )
 
 

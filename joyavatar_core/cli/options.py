@@ -117,6 +117,7 @@ def add_several_gpus(parser: argparse.ArgumentParser) -> None:
         help="a process per timestep and one that decodes; one denoises, one decodes; or each a share of the tokens "
         "(what suits policy and N)",
     )
+    p.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)  # of another program: see multi_gpu/child.py
     p.add_argument("--timeline", metavar="FILE.json", help="what each process did when; with matplotlib FILE.png too")
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from ..generate import from_uint8
 from ..media.picture import fit_picture, read_picture
 from ..media.writer import cancelled_path, checked_path, part_path
-from ..multi_gpu import timeline
+from ..multi_gpu import child, timeline
+from ..multi_gpu.child import Asked
 from ..multi_gpu.launcher import interruptible, launch
 from ..multi_gpu.members import Member, RankLostError, met, started_by_torchrun
 from ..multi_gpu.run import Plan, RankedRun, ranked_run
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.resume:
         raise ValueError("--resume: runs of several processes save no states; leave --gpus out, or start anew")
     started = time.time()
+    if args.child:
+        child.stop_with_parent()
     try:
         member = started_by_torchrun()
         if member is None:
@@ -59,7 +62,7 @@ def rank(args: argparse.Namespace, member: Member) -> None:
         torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // member.world))
     sound, picture = sound_of(args), read_picture(args.image)
     avatar, encoded = system(args, picture)
-    policy = policy_of(args, avatar.policy)
+    policy = Asked.read(args.child).policy if args.child else policy_of(args, avatar.policy)
     plan = Plan(args.parallel, member.world) if args.parallel else Plan.suited(policy, member.world)
     geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
     fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
@@ -78,12 +81,16 @@ def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
     tqdm.set_lock(threading.RLock())  # its own would be left in the system by a process that is killed
     job.cancelled_by = (KeyboardInterrupt, RankLostError)
     job.state_path.unlink(missing_ok=True)  # of an earlier run, whose part this one replaces
-    with job.shown(settings_of(job.args, policy, job.geometry)) as (open_sink, tell):
+    asked = Asked.read(job.args.child) if job.args.child else None
+    job.file_options = {} if asked is None else {"tags": asked.tags, **asked.writer}
+    settings = settings_of(job.args, policy, job.geometry) if asked is None else asked.settings
+    with job.shown(settings) as (open_sink, show):
+        tell = child.tell if asked else show
         # hearing and decoding stay where they are: ranks keep step, and a timeline waits for what it times
         progress = ranked.run(job.sound, open_sink, tell, Overlap(write=job.overlap.write))
     assert progress
     rows = ranked.timelines()
-    print(timeline.table(rows))
+    print(timeline.table(rows), flush=True)
     if job.args.timeline:
         timeline.write(rows, Path(job.args.timeline))
     if job.args.json:

@@ -162,11 +162,11 @@ class Rollout:
                 raise ValueError(f"{size} is {found} in the geometry and {wanted} in the policy: give it block_sizes")
         if (self.policy.reference_sink or self.policy.given_first) and self.condition.picture is None:
             raise ValueError("the policy needs the picture, and this model is given none: choose another policy")
-        least, most = self.policy.reference_ahead
-        if self.seeds and self.policy.reference_sink and least != most:
+        ahead = self.policy.reference_ahead if self.policy.reference_sink else None
+        if self.seeds and ahead and ahead[0] != ahead[1]:
             raise ValueError(
-                f"reference_ahead {least}-{most} is drawn for each avatar, but those side by side share their places: "
-                "give one number, or run them one by one"
+                f"reference_ahead {ahead[0]}-{ahead[1]} is drawn for each avatar, but those side by side share their "
+                "places: give one number, or run them one by one"
             )
 
     @staticmethod

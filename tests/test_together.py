@@ -101,20 +101,24 @@ def latents_of(rollout: Rollout, audio: Callable[[int], AudioTokens], blocks: in
     return torch.cat(made, dim=2)
 
 
-def random_audio(item: int, block: int) -> AudioTokens:
+def random_audio(item: int, block: int, latents: int) -> AudioTokens:
     generator = torch.Generator().manual_seed(100 * item + block)
-    valid = torch.ones(3, 5, dtype=torch.bool)
-    valid[2, 2 + item :] = block < 2  # not all of them hear as much
-    return AudioTokens(torch.randn(3, 5, 6, generator=generator), valid)
+    valid = torch.ones(latents, 5, dtype=torch.bool)
+    valid[-1, 2 + item :] = block < 2  # not all of them hear as much
+    return AudioTokens(torch.randn(latents, 5, 6, generator=generator), valid)
 
 
-@pytest.mark.parametrize("policy", ["joyavatar-flash", "rolling-forcing", "self-forcing"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+CASES = [
+    (name, torch.float64, 1e-10) for name in ("joyavatar-flash", "rolling-forcing", "self-forcing", "avatarforcing")
+]
+
+
+@pytest.mark.parametrize(("policy", "dtype", "tolerance"), [*CASES, ("joyavatar-flash", torch.float32, 1e-4)])
 def test_latents_within_rounding(policy: str, dtype: torch.dtype, tolerance: float) -> None:
     """Whole batches and parts of them; tokens that are valid for one avatar only."""
     config = replace(SMALL, audio=replace(SMALL.audio, kind="tokens", features=6, window=0))  # pyright: ignore
     model, chosen = small_model(dtype=dtype, config=config), POLICIES[policy]
-    geometry = replace(GEOMETRY, block_latents=chosen.block_latents)
+    geometry = replace(GEOMETRY, **chosen.block_sizes)
     rollouts = []
     for item in range(3):
         generator = torch.Generator().manual_seed(item)
@@ -123,11 +127,9 @@ def test_latents_within_rounding(policy: str, dtype: torch.dtype, tolerance: flo
         with torch.no_grad():
             kv = model.condition(image=reference_tokens(channels[:, 4:, 0], SMALL.patch))
         rollouts.append(Rollout(model, chosen, geometry, Condition(kv, made), item, torch.device("cpu"), dtype))
-    n = chosen.block_latents
 
     def heard(item: int, block: int) -> AudioTokens:
-        tokens = random_audio(item, block)
-        return AudioTokens(tokens.tokens[:n], tokens.valid[:n])
+        return random_audio(item, block, len(geometry.latents_of_block(block)))
 
     whole = Rollout.together(rollouts)
     many = latents_of(whole, lambda b: AudioTokens.stack([heard(i, b) for i in range(3)]), 7)

@@ -225,7 +225,7 @@ class _Sink:
     @property
     def checksum(self) -> int:
         """CRC-32 of the frames of the first blocks, made after the run."""
-        return reduce(lambda before, frames: zlib.crc32(frames, before), self.kept, 0)
+        return reduce(lambda before, frames: zlib.crc32(frames.data, before), self.kept, 0)
 
     def write(self, frames: np.ndarray) -> None:
         self.first = self.first or time.perf_counter()

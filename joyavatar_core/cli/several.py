@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--resume: runs of several processes save no states; leave --gpus out, or start anew")
     started = time.time()
     if args.child:
+        interruptible()  # also where the host was started with Ctrl-C ignored
         child.stop_with_parent()
     try:
         member = started_by_torchrun()

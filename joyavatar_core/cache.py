@@ -18,6 +18,15 @@ from .types import StreamTensors
 
 KV = tuple[Tensor, Tensor]
 """Keys (before RoPE) and values of one layer, each [B, L, heads, D]."""
+EVERY = slice(None)
+
+
+def kept_of(kv: KV, tokens: slice) -> KV:
+    """Keys and values of some tokens, as copies: a view would keep those of all tokens alive."""
+    if tokens == EVERY:
+        return kv
+    keys, values = kv
+    return keys[:, tokens].clone(), values[:, tokens].clone()
 
 
 class KVCache:

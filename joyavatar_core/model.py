@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from . import flow
 from .attention import AttentionFn, sdpa
-from .cache import KV
+from .cache import EVERY, KV, kept_of
 from .config import ModelConfig
 from .projectors import AudioPack, AudioTokenProjector, AudioWindowProjector, FaceResampler, ImageProjector
 from .rope import rotary_table, rotate
@@ -136,12 +136,16 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Window attends to [past, window]; keys leave before rotation so that they can be cached."""
 
-    def forward(self, x: Tensor, table: Table, past: KV | None, mask: Tensor | None) -> tuple[Tensor, KV]:
-        """x [B, L, D]; table rotates the window, and past keys where there are any -> output, (keys, values)."""
+    def forward(
+        self, x: Tensor, table: Table, past: KV | None, mask: Tensor | None, kept: slice = EVERY
+    ) -> tuple[Tensor, KV]:
+        """x [B, L, D]; table rotates the window, and past keys where there are any -> output, (keys, values) of the
+        kept tokens.
+        """
         q, (k, v) = self.queries(x), self.kv(x)
         keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
         out = self.attention(rotate(q, table.window), rotate(keys, table.all), values, mask)
-        return self.o(out.flatten(-2)), (k, v)
+        return self.o(out.flatten(-2)), kept_of((k, v), kept)
 
 
 @dataclass(frozen=True)
@@ -246,11 +250,12 @@ class Block(nn.Module):
         condition: Sequence[KV | None],
         audio: KV | None,
         valid: Tensor | None,
+        kept: slice = EVERY,
     ) -> tuple[Tensor, KV]:
-        """x [B, L, D], time [B, F, 6, D] in float32 -> x, (keys before RoPE, values)."""
+        """x [B, L, D], time [B, F, 6, D] in float32 -> x, (keys before RoPE, values) of the kept tokens."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation(self.modulation, time, x)
         frames = time.shape[1]
-        y, kv = self.self_attn(_modulate(x, shift_sa, scale_sa, self.eps), table, past, mask)
+        y, kv = self.self_attn(_modulate(x, shift_sa, scale_sa, self.eps), table, past, mask, kept)
         x = _gated(x, y, gate_sa)
         x = x + self.cross_attn(self.norm3(x), frames, condition, audio, valid)
         return _gated(x, self.ffn(_modulate(x, shift_ff, scale_ff, self.eps)), gate_ff), kv
@@ -359,6 +364,7 @@ class JoyAvatarDiT(nn.Module):
         audio: AudioKV | None = None,
         past: Past | None = None,
         mask: Tensor | None = None,
+        kept: slice = EVERY,
     ) -> tuple[Tensor, list[KV]]:
         """Velocity of a window of latents.
 
@@ -369,9 +375,10 @@ class JoyAvatarDiT(nn.Module):
             condition, audio: from `condition` and `audio`.
             past: finished blocks the window may see.
             mask: optional boolean [L, past + L] (True: may attend), for training.
+            kept: latent frames whose keys and values are handed out; those of the others live no longer than a layer.
 
         Returns:
-            velocity [B, out_channels, F, h, w] in the dtype of x, and the window's keys before RoPE and values.
+            velocity [B, out_channels, F, h, w] in the dtype of x, and per layer keys before RoPE and values of `kept`.
         """
         batch, _, frames, h, w = x.shape
         assert len(positions) == frames == timesteps.shape[-1], (len(positions), frames, timesteps.shape)
@@ -379,7 +386,9 @@ class JoyAvatarDiT(nn.Module):
         time = self._time(timesteps.expand(batch, frames), tokens.dtype)  # [B, F, D]
         levels = self.time_projection(time).unflatten(-1, (6, -1))
         table = self._table(tuple(positions), past, (h, w), tokens)
-        tokens, kvs = self._layers(tokens, levels, table, condition, audio, past, mask)
+        tokens, kvs = self._layers(
+            tokens, levels, table, condition, audio, past, mask, _tokens_of(kept, frames, math.prod(self._grid((h, w))))
+        )
         out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
         if self.config.prediction == "x0":
             out = flow.to_velocity(x[:, : self.config.out_channels], out, timesteps)
@@ -419,8 +428,11 @@ class JoyAvatarDiT(nn.Module):
         audio: AudioKV | None = None,
         past: Past | None = None,
         mask: Tensor | None = None,
+        kept: slice = EVERY,
     ) -> tuple[Tensor, list[KV]]:
-        """All blocks: tokens [B, L, D], levels [B, F, 6, D] -> tokens for the head, keys before RoPE and values."""
+        """All blocks: tokens [B, L, D], levels [B, F, 6, D] -> tokens for the head, keys before RoPE and values of the
+        kept tokens.
+        """
         kvs: list[KV] = []
         for i, block in enumerate(self.blocks):
             tokens = self._inject(i, tokens, audio)
@@ -433,6 +445,7 @@ class JoyAvatarDiT(nn.Module):
                 [kv and kv[i] for kv in (condition.text, condition.image, condition.face)],
                 self._attended(i, audio),
                 audio and audio.valid,
+                kept,
             )
             kvs.append(kv)
         return self._inject(len(self.blocks), tokens, audio), kvs
@@ -508,6 +521,14 @@ def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y per latent frame."""
     frames = gate.shape[1]
     return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+
+
+def _tokens_of(latents: slice, frames: int, tokens: int) -> slice:
+    """Tokens of some of a window's latent frames, which have so many each."""
+    if latents == EVERY:
+        return EVERY
+    start, stop, _ = latents.indices(frames)
+    return slice(start * tokens, stop * tokens)
 
 
 def _padded(text: Tensor, length: int) -> Tensor:

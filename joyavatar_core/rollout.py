@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import flow
 from .audio import AudioTokens
-from .cache import KV, Excerpt, KVCache
+from .cache import EVERY, KV, Excerpt, KVCache
 from .conditioning import ImageChannels
 from .geometry import Geometry
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
@@ -340,11 +340,10 @@ class Rollout:
         motion = self._motion(state, step, here) if self.policy.motion_frame else None
         past = self._past(state, self.policy.sight(first, len(step.blocks)), self.ring(step))
         past = self._beside(state, past, first, step.passes[0])
-        v, kv = self._forward(state, x, here, list(step.blocks), past, self._start(first), motion)
         lead = 0 if motion is None else 1
-        tokens = self.geometry.tokens_per_latent
-        oldest = slice(lead * tokens, (lead + self.policy.block_latents) * tokens)
-        return v[:, :, lead:], [(k[:, oldest], val[:, oldest]) for k, val in kv]
+        oldest = slice(lead, lead + self.policy.block_latents)
+        v, kv = self._forward(state, x, here, list(step.blocks), past, self._start(first), motion, oldest)
+        return v[:, :, lead:], kv
 
     def _forward(
         self,
@@ -355,8 +354,11 @@ class Rollout:
         past: Past | None,
         start: int,
         motion: tuple[Tensor, Tensor] | None,
+        kept: slice = EVERY,
     ) -> tuple[Tensor, list[KV]]:
-        """The model on [motion frame | blocks] with all that belongs to those latent frames."""
+        """The model on [motion frame | blocks] with all that belongs to those latent frames; keys and values of `kept`
+        of them.
+        """
         latents = range(self.policy.start_of(blocks[0]), self.policy.start_of(blocks[-1] + 1))
         lead = 0 if motion is None else 1
         indices = range(latents.start - lead, latents.stop)
@@ -366,7 +368,8 @@ class Rollout:
             x = torch.cat([x, self.condition.image.at(indices).to(x)], dim=1)
         positions = range(start - lead, start + len(latents))
         self.before_forward()
-        return self.model(x, timesteps, positions, self.condition.kv, self._audio(state, blocks, lead), past)
+        audio = self._audio(state, blocks, lead)
+        return self.model(x, timesteps, positions, self.condition.kv, audio, past, kept=kept)
 
     def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> tuple[Tensor, Tensor] | None:
         """MCI: the newest clean latent [B, C, 1, h, w] at the noise level of the window's first block, and that level

@@ -152,8 +152,8 @@ class SelfAttention(Attention):
 class Table:
     """Rotation of the window, and of the past followed by the window."""
 
-    window: tuple[Tensor, Tensor]
-    all: tuple[Tensor, Tensor]
+    window: Tensor
+    all: Tensor
 
 
 class AudioProcessor(nn.Module):
@@ -412,7 +412,7 @@ class JoyAvatarDiT(nn.Module):
         """
         return self(x, x.new_zeros(1), (position,), condition, audio)[1]
 
-    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> Tensor:
         """Rotation of what `prefill` gave for latents of `size` (h, w), the reference at an index of its own.
 
         shift: by how much tokens of a past before the stream are moved along, in families that have some.
@@ -483,14 +483,13 @@ class JoyAvatarDiT(nn.Module):
     def _table(self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], like: Tensor) -> Table:
         grid = self._grid(size)
         before = past.positions if past else ()
-        cos, sin = rotary_table((*before, *positions), grid, self.config.head_dim, like.dtype, like.device)
+        table = rotary_table((*before, *positions), grid, self.config.head_dim, like.dtype, like.device)
         start = len(before) * math.prod(grid)
-        window = (cos[start:], sin[start:])
+        window = table[start:]
         if past is None or past.reference is None:
-            return Table(window, (cos, sin))
+            return Table(window, table)
         between = self.reference_table(past.reference, past.shift, size, like)
-        cos, sin = (torch.cat([t[:start], r, t[start:]]) for t, r in zip((cos, sin), between, strict=True))
-        return Table(window, (cos, sin))
+        return Table(window, torch.cat([table[:start], between, window]))
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of tokens in a latent frame of size (h, w)."""

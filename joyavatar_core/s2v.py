@@ -214,7 +214,7 @@ class S2VDiT(JoyAvatarDiT):
         table = self.reference_table(position, 0, (x.shape[3], x.shape[4]), tokens)
         return self._layers(tokens, levels, Table(table, table), condition)[1]
 
-    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> Tensor:
         """As JoyAvatarDiT; motion latents stand at -1, -3 and -19, -14, -9, -4 (as released), plus the shift."""
         return _reference_table(position, shift, self._grid(size), self.config.head_dim, like.dtype, like.device)
 
@@ -244,7 +244,7 @@ class S2VDiT(JoyAvatarDiT):
 @lru_cache(maxsize=8)
 def _reference_table(
     position: int, shift: int, grid: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """See S2VDiT.reference_table; the last ones are kept, since all steps of a block ask for the same."""
     rows, columns = grid
     groups = [((position,), 1)]
@@ -253,8 +253,7 @@ def _reference_table(
     axes = [(times, _spread(rows, coarse), _spread(columns, coarse)) for times, coarse in groups]
     tables = [axes_table(each, head_dim, dtype, device) for each in axes]
     with torch.inference_mode(False):  # a kept table may be used in training later
-        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-    return cos, sin
+        return torch.cat(tables)
 
 
 def _spread(cells: int, coarse: int) -> tuple[int, ...]:

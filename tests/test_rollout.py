@@ -51,9 +51,8 @@ class RotatedKeys:
         k, v = self.cache.context(layer)
         grid, dim = GEOMETRY.grid, SMALL.head_dim
         stored = tuple(self.start[b] + i for b in self.cache.blocks for i in range(3))
-        cos, sin = rotary_table(stored, grid, dim, k.dtype, k.device)
-        undo_cos, undo_sin = rotary_table(self.now, grid, dim, k.dtype, k.device)
-        return rotate(rotate(k, (cos, sin)), (undo_cos, -undo_sin)), v
+        then, now = (rotary_table(places, grid, dim, k.dtype, k.device) for places in (stored, self.now))
+        return rotate(rotate(k, then), now.conj()), v
 
 
 def test_keys_cached_after_rope_fail_the_law(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,11 +107,11 @@ def test_a_table_further_on_takes_only_the_angles_of_its_places_in_time(monkeypa
         kept.cache_clear()
     tables = [rotary_table(tuple(range(start, start + 6)), *place) for start in (0, 3, 300_000)]
     assert computed == [6, 5, 7, 6, 6]
-    cos, sin = tables[2]
+    table = tables[2]
     row = 2 * 35 + 4 * 7 + 6  # the third latent, row 4, column 6
     turned = torch.cat([angles(torch.tensor([at]), dim)[0] for at, dim in ((300_002, 8), (4, 6), (6, 6))])
-    assert torch.allclose(cos[row], turned.cos()) and torch.allclose(sin[row], turned.sin())
-    assert rope._turns.cache_info().maxsize == 64 and rotary_table.cache_info().maxsize == 16
+    assert torch.allclose(table[row], torch.polar(torch.ones_like(turned), turned))
+    assert rope._turns.cache_info().maxsize == 64 and rotary_table.cache_info().maxsize == 8
 
 
 def test_window_over_a_clip_is_the_bidirectional_forward() -> None:

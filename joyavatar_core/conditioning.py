@@ -33,9 +33,11 @@ class ImageChannels:
     mask_last: bool = False
 
     def at(self, latents: Sequence[int]) -> Tensor:
-        """Channels of the given latent frames: [B, 4 + C, len(latents), h, w]."""
+        """Channels of consecutive latent frames: [B, 4 + C, len(latents), h, w]. By slices: an index would be sent."""
         last = self.channels.shape[2] - 1
-        return self.channels[:, :, [min(i, last) for i in latents]]
+        there = self.channels[:, :, min(latents[0], last) : latents[-1] + 1]
+        beyond = self.channels[:, :, last:].expand(-1, -1, len(latents) - there.shape[2], -1, -1)
+        return torch.cat([there, beyond], dim=2)
 
     @property
     def picture(self) -> Tensor:

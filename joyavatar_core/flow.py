@@ -8,15 +8,27 @@ Shape legend: x [B, C, F, h, w], timesteps [F] or [B, F] on the 1000 .. 0 scale 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from .types import sent
+
 
 def per_latent(values: Sequence[float], repeats: int, like: Tensor) -> Tensor:
-    """One value per block -> one per latent frame: [F], float32 (float64 beside float64 latents)."""
+    """One value per block -> one per latent frame: [F], float32 (float64 beside float64 latents).
+
+    The same tensor for the same values, so that no step sends it to the device again: it must not be written to.
+    """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.tensor(values, dtype=dtype, device=like.device).repeat_interleave(repeats)
+    return _per_latent(tuple(values), repeats, dtype, like.device)
+
+
+@lru_cache(maxsize=128)  # a schedule has a handful
+def _per_latent(values: tuple[float, ...], repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # training may use it too
+        return sent(torch.tensor([v for v in values for _ in range(repeats)], dtype=dtype), device)
 
 
 def add_noise(x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,36 @@ def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose:
     """
     generator = torch.Generator().manual_seed(_number(seed, block, forward, purpose) >> 1)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
+
+
+class Draw(NamedTuple):
+    """Noise that is wanted: arguments of `gaussian`. seeds: one for all of a batch, or for each of its items its own."""
+
+    seeds: tuple[int, ...]
+    block: int
+    forward: int
+    shape: tuple[int, ...]
+    purpose: Purpose = "latents"
+
+    def made(self) -> Tensor:
+        """The noise."""
+        shape = self.shape if len(self.seeds) == 1 else (1, *self.shape[1:])
+        return torch.cat([gaussian(s, self.block, self.forward, shape, self.purpose) for s in self.seeds])
+
+
+@dataclass
+class Ahead:
+    """Noise drawn before it is asked for, while a device is busy; the numbers are those of `gaussian`."""
+
+    drawn: dict[Draw, Tensor] = field(default_factory=dict)
+
+    def foresee(self, draws: Iterable[Draw]) -> None:
+        """Draw what is not there yet; what is not among `draws` is forgotten."""
+        self.drawn = {d: self.drawn[d] if d in self.drawn else d.made() for d in draws}
+
+    def take(self, draw: Draw) -> Tensor:
+        """The noise, which is then no longer kept."""
+        return self.drawn.pop(draw) if draw in self.drawn else draw.made()
 
 
 def integer(seed: int, block: int, forward: int, bounds: tuple[int, int]) -> int:

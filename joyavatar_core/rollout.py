@@ -21,10 +21,10 @@ from .cache import EVERY, KV, Excerpt, KVCache
 from .conditioning import ImageChannels
 from .geometry import Geometry
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
-from .noise import gaussian, integer
+from .noise import Ahead, Draw, Purpose, integer
 from .policy import RolloutPolicy, Seen
 from .schedule import DenoiseStep, warp
-from .types import StreamTensors, batched, nbytes
+from .types import StreamTensors, batched, nbytes, sent
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class RolloutState:
     pending: keys and values of the block at hand, by the cache they will go to; empty between windows.
     audio: front-end tokens of the blocks in the window and of the newest finished one, of all latents they show.
     audio_kv: keys and values made of them; derived, never saved.
+    ahead: noise of the next window, on the host; derived, never saved.
     """
 
     caches: tuple[KVCache, ...]
@@ -99,6 +100,7 @@ class RolloutState:
     pending: dict[int, list[KV]] = field(default_factory=dict)
     audio: dict[int, AudioTokens] = field(default_factory=dict)
     audio_kv: dict[int, AudioKV] = field(default_factory=dict)
+    ahead: Ahead = field(default_factory=Ahead)
 
     def tensors(self) -> StreamTensors:
         """Everything to be saved, by name."""
@@ -122,7 +124,7 @@ class RolloutState:
         return part
 
     def nbytes(self) -> int:
-        """Bytes of all tensors, derived ones included."""
+        """Bytes of all tensors, derived ones included, but for the noise that waits on the host."""
         kv = [t for a in self.audio_kv.values() for pair in a.layers for t in pair]
         return nbytes(self.tensors()) + sum(t.numel() * t.element_size() for t in kv)
 
@@ -267,6 +269,7 @@ class Rollout:
                 cache.committed = self.policy.first_block(state.window)
             raise
         state.window += 1
+        self._draw_ahead(state, num_blocks)
         return finished
 
     def step(self, state: RolloutState, step: DenoiseStep) -> FinishedBlock | None:
@@ -278,7 +281,7 @@ class Rollout:
         if self.policy.update == "euler":
             after = flow.euler_step(x, v, here, self._levels(step.next_timesteps, x))
         else:
-            after = self._renoise(x0, step)
+            after = self._renoise(state, x0, step)
         after = self._given(step, after)
         for block, latents in zip(step.blocks, after.split(self.policy.block_latents, dim=2), strict=True):
             state.noisy[block] = latents.clone()
@@ -379,7 +382,7 @@ class Rollout:
             return None
         if not self.policy.motion_noise:
             return state.motion, torch.zeros_like(here[:1])
-        noise = self._gaussian(step.blocks[0], step.passes[0], state.motion.shape, "motion")
+        noise = self._gaussian(state, self._motion_draw(step))
         return flow.add_noise(state.motion, noise, here[:1]), here[:1]
 
     def _past(self, state: RolloutState, sight: tuple[Seen, ...], ring: int = 0) -> Past | None:
@@ -455,24 +458,20 @@ class Rollout:
         """Made once per block, for all its steps."""
         if block not in state.audio_kv:
             tokens = state.audio[block]
-            valid = None if bool(tokens.valid.all()) else tokens.valid.to(self.device)
-            features = tokens.tokens.to(self.device, self.dtype)
+            valid = None if bool(tokens.valid.all()) else sent(tokens.valid, self.device)
+            features = sent(tokens.tokens, self.device, self.dtype)
             state.audio_kv[block] = self.model.audio(features.expand(self.batch, *features.shape[-3:]), valid)
         return state.audio_kv[block]
 
     def _noisy(self, state: RolloutState, block: int) -> Tensor:
         """Latents of a block in the window; pure noise when it enters."""
         if block not in state.noisy:
-            h, w = self.geometry.latent_size
-            shape = (self.batch, self.model.config.out_channels, self.policy.block_latents, h, w)
-            state.noisy[block] = self._gaussian(block, 0, shape)
+            state.noisy[block] = self._gaussian(state, self._draw(block, 0))
         return state.noisy[block]
 
-    def _renoise(self, x0: Tensor, step: DenoiseStep) -> Tensor:
+    def _renoise(self, state: RolloutState, x0: Tensor, step: DenoiseStep) -> Tensor:
         """Every block to its next level with fresh noise; level 0 stays clean."""
-        n = self.policy.block_latents
-        shape = (*x0.shape[:2], n, *x0.shape[3:])
-        noise = [self._gaussian(b, p + 1, shape) for b, p in zip(step.blocks, step.passes, strict=True)]
+        noise = [self._gaussian(state, draw) for draw in self._renoise_draws(step)]
         return flow.add_noise(x0, torch.cat(noise, dim=2), self._levels(step.next_timesteps, x0))
 
     def _levels(self, timesteps: tuple[float, ...], like: Tensor) -> Tensor:
@@ -480,12 +479,32 @@ class Rollout:
         warped = [warp(t, self.policy.shift) for t in timesteps]
         return flow.per_latent(warped, self.policy.block_latents, like)
 
-    def _gaussian(self, block: int, forward: int, shape: tuple[int, ...], purpose: str = "latents") -> Tensor:
+    def _gaussian(self, state: RolloutState, draw: Draw) -> Tensor:
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        if not self.seeds:
-            return gaussian(self._seed(block), block, forward, shape, purpose).to(self.device, wide)  # pyright: ignore
-        each = [gaussian(seed, block, forward, (1, *shape[1:]), purpose) for seed in self.seeds]  # pyright: ignore
-        return torch.cat(each).to(self.device, wide)
+        return sent(state.ahead.take(draw), self.device, wide)
+
+    def _draw(self, block: int, forward: int, purpose: Purpose = "latents") -> Draw:
+        """Noise of a block, or of the motion frame before it."""
+        latents = 1 if purpose == "motion" else self.policy.block_latents
+        shape = (self.batch, self.model.config.out_channels, latents, *self.geometry.latent_size)
+        return Draw(self.seeds or (self._seed(block),), block, forward, shape, purpose)
+
+    def _motion_draw(self, step: DenoiseStep) -> Draw:
+        return self._draw(step.blocks[0], step.passes[0], "motion")
+
+    def _renoise_draws(self, step: DenoiseStep) -> list[Draw]:
+        return [self._draw(b, p + 1) for b, p in zip(step.blocks, step.passes, strict=True)]
+
+    def _draw_ahead(self, state: RolloutState, num_blocks: int | None) -> None:
+        """Noise of the next window's first step, while the device is at work on this one. A CPU has no other hands."""
+        if self.device.type == "cpu":
+            return
+        draws: list[Draw] = []
+        for step in self.policy.window_steps(state.window, num_blocks)[:1]:
+            draws += [self._draw(b, 0) for b in step.blocks if b not in state.noisy]
+            draws += [self._motion_draw(step)] if self.policy.motion_frame and self.policy.motion_noise else []
+            draws += self._renoise_draws(step) if self.policy.update == "renoise" else []
+        state.ahead.foresee(draws)
 
     def _seed(self, block: int) -> int:
         return self.reseed.seed if self.reseed and block in self.reseed.blocks else self.seed

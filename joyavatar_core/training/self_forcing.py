@@ -315,7 +315,7 @@ class SelfForcing(Rollout):
             return super()._kept(state, block, latents, kv)
         step = DenoiseStep(block, (block,), (level,), (0,), (len(policy.passed),))
         here = self._levels(step.timesteps, latents)
-        x = flow.add_noise(latents, self._gaussian(block, step.passes[0], latents.shape), here)
+        x = flow.add_noise(latents, self._gaussian(state, self._draw(block, step.passes[0])), here)
         return super()._denoise(state, step, x, here)[1]
 
     def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -9,22 +9,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..attention import AttentionFn, sdpa
+from ..attention import BACKENDS, AttentionFn, fitting
 from .timing import seconds
 from .trace import KINDS, Kind, Work
-
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,7 @@ def measure(
     heads: int,
     head_dim: int,
     sizes: Sizes | None = None,
-    attention: AttentionFn = sdpa,
+    attention: AttentionFn = fitting,
 ) -> Ceilings:
     """Of a device, in a precision, for heads as the model has them; random numbers (zeros would run faster)."""
     sizes = sizes or (SMALL if device.type == "cpu" else LARGE)
@@ -86,17 +78,16 @@ def measure(
 
 
 def _attentions(q: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> dict[str, float]:
-    """Seconds with the model's attention, and with each backend of torch that takes these tensors."""
+    """Seconds with the model's attention, and with each kernel of the table that takes these tensors."""
     found = {"model": _best(lambda: attention(q, k, v, None), q.device)}
-    for name, backend in _BACKENDS.items() if q.device.type == "cuda" else ():
+    for name, kernel in BACKENDS.items() if q.device.type == "cuda" else ():
         try:
-            found[name] = _best(lambda: sdpa(q, k, v), q.device, backend)
-        except RuntimeError:  # torch's word for: this backend does not take them, or is not there
+            found[name] = _best(lambda kernel=kernel: kernel(q, k, v, None), q.device)
+        except (ImportError, RuntimeError):  # not there, or it does not take them
             continue
     return found
 
 
-def _best(call: Callable[[], object], device: torch.device, backend: SDPBackend | None = None) -> float:
+def _best(call: Callable[[], object], device: torch.device) -> float:
     """Median seconds."""
-    with nullcontext() if backend is None else sdpa_kernel([backend]):
-        return statistics.median(seconds(call, device, repeats=10, warm_up=3))
+    return statistics.median(seconds(call, device, repeats=10, warm_up=3))

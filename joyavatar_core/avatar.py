@@ -6,7 +6,7 @@ Shape legend: B batch, H W pixels, L tokens, D dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
-from .attention import AttentionFn, sdpa
+from .attention import AttentionFn, fitting
 from .audio import AudioFrontEnd, LogMel
 from .autoencoder import AUTOENCODERS, LightAutoencoder, light_config
 from .conditioning import image_channels, reference_tokens, repeated_picture
 from .config import MODELS, ModelConfig
+from .eight_bits import EightBits, shrink_products
 from .families import PROFILES, Profile, detect_config, numbered, profile_of
+from .fast import stack_projections
 from .geometry import Geometry
 from .model import JoyAvatarDiT
 from .policy import RolloutPolicy
-from .rollout import Condition, Reference, Reseed, Rollout
+from .rollout import Condition, Fast, Reference, Reseed, Rollout
 from .s2v import MOTION_FRAMES, S2VDiT
 from .stream import AvatarStream, LatentStream
 from .types import VideoAutoencoder
@@ -54,6 +56,7 @@ class Avatar:
 
     front_end: from a geometry to an audio front end; in models without audio it only says when sound has come.
     size: (width, height) used when none is asked for. policy: name of the one the model was trained with.
+    fast: how the forwards of its streams are run; `quickened` sets it.
     """
 
     model: JoyAvatarDiT
@@ -64,6 +67,7 @@ class Avatar:
     fps: Fraction = Fraction(16)
     size: tuple[int, int] = (256, 256)
     policy: str = "joyavatar-flash"
+    fast: Fast = field(default_factory=Fast)
 
     def geometry(self, size: tuple[int, int] | None, policy: RolloutPolicy) -> Geometry:
         """Geometry of a stream of (width, height) pixels. ValueError names the sizes that fit."""
@@ -116,7 +120,22 @@ class Avatar:
         """The rollout of a stream for a picture [1, 3, H, W] in [-1, 1]."""
         geometry = self.geometry((picture.shape[3], picture.shape[2]), policy)
         condition = self.condition(picture, encoded)
-        return Rollout(self.model, policy, geometry, condition, seed, self.device, self.dtype)
+        return Rollout(
+            self.model, policy, geometry, condition, seed, self.device, self.dtype, fast=self.fast
+        )
+
+
+def quickened(avatar: Avatar, eight_bits: EightBits = "none") -> Avatar:
+    """The same on the fast path: q, k and v as one product, forwards played from recordings, eight bits as asked.
+
+    The model itself is changed. For models of plain layers that stay on their device: not the host's, which moves them.
+    Raises ValueError where the device cannot do what is asked: see eight_bits.shrink_products.
+    """
+    if eight_bits in ("linear", "both"):
+        shrink_products(avatar.model)
+    else:
+        stack_projections(avatar.model)
+    return replace(avatar, fast=Fast(capture=True, small_cache=eight_bits in ("kv", "both")))
 
 
 def still_reference(autoencoder: VideoAutoencoder, picture: Tensor) -> Reference:
@@ -143,7 +162,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_embedded(
-    device: str = "cpu", dtype: torch.dtype | None = None, ops: Any = nn, attention: AttentionFn = sdpa
+    device: str = "cpu", dtype: torch.dtype | None = None, ops: Any = nn, attention: AttentionFn = fitting
 ) -> Avatar:
     """The model in the package: drawn avatars, 16 fps, log-mel audio; no download."""
     model = load_model(ASSETS / EMBEDDED_FILES["model"], ops, attention)
@@ -180,7 +199,7 @@ def folded(autoencoder: LightAutoencoder, device: torch.device, dtype: torch.dty
 def load_model(
     paths: str | Path | Sequence[str | Path],
     ops: Any = nn,
-    attention: AttentionFn = sdpa,
+    attention: AttentionFn = fitting,
     compute: torch.dtype | None = None,
 ) -> JoyAvatarDiT:
     """The transformer alone of `load_profiled`."""
@@ -190,7 +209,7 @@ def load_model(
 def load_profiled(
     paths: str | Path | Sequence[str | Path],
     ops: Any = nn,
-    attention: AttentionFn = sdpa,
+    attention: AttentionFn = fitting,
     compute: torch.dtype | None = None,
 ) -> tuple[JoyAvatarDiT, Profile]:
     """A transformer from a file of ours (config in the metadata) or of the Wan2.1 family (config from the shapes), and
@@ -233,7 +252,7 @@ def stored_model(
 
 
 def build_model(
-    config: ModelConfig, ops: Any = nn, attention: AttentionFn = sdpa, compute: torch.dtype | None = None
+    config: ModelConfig, ops: Any = nn, attention: AttentionFn = fitting, compute: torch.dtype | None = None
 ) -> JoyAvatarDiT:
     """The transformer that sizes describe, its weights not yet loaded: see JoyAvatarDiT."""
     return (S2VDiT if config.s2v else JoyAvatarDiT)(config, ops, attention, compute)

@@ -21,12 +21,9 @@ KV = tuple[Tensor, Tensor]
 EVERY = slice(None)
 
 
-def kept_of(kv: KV, tokens: slice) -> KV:
-    """Keys and values of some tokens, as copies: a view would keep those of all tokens alive."""
-    if tokens == EVERY:
-        return kv
-    keys, values = kv
-    return keys[:, tokens].clone(), values[:, tokens].clone()
+def kept_of(x: Tensor, tokens: slice) -> Tensor:
+    """Some tokens of [B, L, heads, D], as a copy: a view would keep all of them alive."""
+    return x if tokens == EVERY else x[:, tokens].clone()
 
 
 class KVCache:
@@ -80,8 +77,11 @@ class KVCache:
         start = self._slot(block) * self.block_tokens
         for layer, (k, v) in enumerate(kv):
             assert k.shape[1] == self.block_tokens, k.shape
-            self.keys[layer, :, start : start + self.block_tokens] = k.detach()
-            self.values[layer, :, start : start + self.block_tokens] = v.detach()
+            self._store(layer, slice(start, start + self.block_tokens), k.detach(), v.detach())
+
+    def _store(self, layer: int, tokens: slice, keys: Tensor, values: Tensor) -> None:
+        self.keys[layer, :, tokens] = keys
+        self.values[layer, :, tokens] = values
 
     def part(self, items: slice) -> KVCache:
         """Of some items of the batch: a view of the same memory, with a count of its own."""

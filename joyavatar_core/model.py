@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flow
+from . import flow, kernels
 from .attention import AttentionFn, sdpa
 from .cache import EVERY, KV, kept_of
 from .config import ModelConfig
@@ -103,7 +103,7 @@ class WithReference:
 
     def context(self, layer: int) -> KV:
         """As Context.context, the R tokens of the reference last."""
-        keys, values = (t[layer] for t in self.reference)
+        keys, values = self.reference[0][layer], self.reference[1][layer]
         if self.before is None:
             return keys, values
         past_keys, past_values = self.before.context(layer)
@@ -116,7 +116,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Any, attention: AttentionFn) -> None:
         super().__init__()
         dim = config.dim
-        self.heads, self.attention = config.heads, attention
+        self.heads, self.eps, self.attention = config.heads, config.eps, attention
         self.q, self.k, self.v, self.o = (ops.Linear(dim, dim) for _ in range(4))
         self.norm_q = ops.RMSNorm(dim, eps=config.eps)
         self.norm_k = ops.RMSNorm(dim, eps=config.eps)
@@ -133,8 +133,42 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1))
 
 
+@dataclass(frozen=True)
+class Stacked:
+    """Weights of several linear layers as one product: weight [n D', D], bias [n D']; the layers' own are parts of it.
+
+    Made by `fast.stack_projections`.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def holds(self, *layers: nn.Module) -> bool:
+        """Whether the layers still are what was stacked: plain, at the same place, nothing hung onto them."""
+        step = self.weight.stride(0) * self.weight.element_size() * (len(self.weight) // len(layers))
+        first = self.weight.data_ptr()
+        return all(
+            type(layer) is nn.Linear and not is_hooked(layer) and layer.weight.data_ptr() == first + i * step
+            for i, layer in enumerate(layers)
+        )
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether something is to happen before or after a layer that a shortcut past it would leave out."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _norm_left(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and the weight of a norm that a kernel is to do; or what the layer makes of x, where it is not a plain one."""
+    if type(norm) is nn.RMSNorm and not is_hooked(norm) and norm.weight.device == x.device:
+        return x, norm.weight
+    return norm(x), None
+
+
 class SelfAttention(Attention):
     """Window attends to [past, window]; keys leave before rotation so that they can be cached."""
+
+    stacked: Stacked | None = None
 
     def forward(
         self, x: Tensor, table: Table, past: KV | None, mask: Tensor | None, kept: slice = EVERY
@@ -142,10 +176,48 @@ class SelfAttention(Attention):
         """x [B, L, D]; table rotates the window, and past keys where there are any -> output, (keys, values) of the
         kept tokens.
         """
-        q, (k, v) = self.queries(x), self.kv(x)
-        keys, values = (k, v) if past is None else (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1))
-        out = self.attention(rotate(q, table.window), rotate(keys, table.all), values, mask)
-        return self.o(out.flatten(-2)), kept_of((k, v), kept)
+        q, k, v = self._projected(x)
+        v = self._heads(v)
+        turned = self._turned if kernels.take(q, k) else self._rotated
+        q, keys, k = turned(q, k, table, None if past is None else past[0], kept)
+        values = v if past is None else torch.cat([past[1], v], dim=1)
+        v = kept_of(v, kept)
+        return self.o(self.attention(q, keys, values, mask).flatten(-2)), (k, v)
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, L, D] -> queries, keys and values before their norms, [B, L, D]."""
+        if self.stacked is not None and self.stacked.holds(self.q, self.k, self.v):
+            q, k, v = F.linear(x, self.stacked.weight, self.stacked.bias).chunk(3, dim=-1)
+            return q, k, v
+        return self.q(x), self.k(x), self.v(x)
+
+    def _rotated(
+        self, q: Tensor, k: Tensor, table: Table, past: Tensor | None, kept: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q and k before their norms, past keys [B, P, heads, d] -> rotated queries [B, L, heads, d], rotated keys of
+        all [B, P + L, heads, d], and keys before rotation of the kept tokens.
+        """
+        q, k = self._heads(self.norm_q(q)), self._heads(self.norm_k(k))
+        keys = k if past is None else torch.cat([past, k], dim=1)
+        return rotate(q, table.window), rotate(keys, table.all), kept_of(k, kept)
+
+    def _turned(
+        self, q: Tensor, k: Tensor, table: Table, past: Tensor | None, kept: slice
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by kernels, which write each where it is to be."""
+        (q, weight_q), (k, weight_k) = _norm_left(self.norm_q, q), _norm_left(self.norm_k, k)
+        batch, window, width = q.shape
+        before = 0 if past is None else past.shape[1]
+        start, stop, _ = kept.indices(window)
+        like = (self.heads, width // self.heads)
+        queries, keys = q.new_empty(batch, window, *like), q.new_empty(batch, before + window, *like)
+        own = k.new_empty(batch, stop - start, *like)
+        turns = torch.view_as_real(table.all)
+        kernels.turn_into(q, weight_q, self.eps, turns[before:], queries, None, 0)
+        kernels.turn_into(k, weight_k, self.eps, turns[before:], keys[:, before:], own, start)
+        if past is not None:
+            kernels.turn_into(past.flatten(2), None, self.eps, turns[:before], keys[:, :before], None, 0)
+        return queries, keys, own
 
 
 @dataclass(frozen=True)
@@ -208,9 +280,9 @@ class CrossAttention(nn.Module):
         text, image, face = condition
         out = sum(self.attention(q, *kv, None) for kv in (text, image) if kv is not None)
         if audio is not None:
-            out = out + self.audio_scale * self._attend_audio(q, frames, audio, valid)
+            out = out + _scaled(self._attend_audio(q, frames, audio, valid), self.audio_scale)
         if face is not None:
-            out = out + self.face_scale * self.attention(q, *face, None)
+            out = out + _scaled(self.attention(q, *face, None), self.face_scale)
         assert isinstance(out, Tensor), "a model needs at least one of text, image, audio and face"
         return self.o(out.flatten(-2))
 
@@ -255,10 +327,12 @@ class Block(nn.Module):
         """x [B, L, D], time [B, F, 6, D] in float32 -> x, (keys before RoPE, values) of the kept tokens."""
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation(self.modulation, time, x)
         frames = time.shape[1]
-        y, kv = self.self_attn(_modulate(x, shift_sa, scale_sa, self.eps), table, past, mask, kept)
+        y, kv = self.self_attn(modulate(x, shift_sa, scale_sa, self.eps), table, past, mask, kept)
         x = _gated(x, y, gate_sa)
-        x = x + self.cross_attn(self.norm3(x), frames, condition, audio, valid)
-        return _gated(x, self.ffn(_modulate(x, shift_ff, scale_ff, self.eps)), gate_ff), kv
+        x, y = _modulate_sum(
+            x, self.cross_attn(self.norm3(x), frames, condition, audio, valid), shift_ff, scale_ff, self.eps
+        )
+        return _gated(x, self.ffn(y), gate_ff), kv
 
 
 class Head(nn.Module):
@@ -273,7 +347,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """x [B, L, D], time [B, F, D] -> [B, L, patch * channels]."""
         shift, scale = modulation(self.modulation, time.unsqueeze(2), x)
-        return self.head(_modulate(x, shift, scale, self.eps))
+        return self.head(modulate(x, shift, scale, self.eps))
 
 
 class JoyAvatarDiT(nn.Module):
@@ -380,14 +454,30 @@ class JoyAvatarDiT(nn.Module):
         Returns:
             velocity [B, out_channels, F, h, w] in the dtype of x, and per layer keys before RoPE and values of `kept`.
         """
-        batch, _, frames, h, w = x.shape
+        frames, h, w = x.shape[2:]
         assert len(positions) == frames == timesteps.shape[-1], (len(positions), frames, timesteps.shape)
+        table = self.table(tuple(positions), past, (h, w), x.device)
+        return self.denoise(x, timesteps, table, condition, audio, past and past.context, mask, kept)
+
+    def denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        table: Table,
+        condition: ConditionKV,
+        audio: AudioKV | None = None,
+        past: Context | None = None,
+        mask: Tensor | None = None,
+        kept: slice = EVERY,
+    ) -> tuple[Tensor, list[KV]]:
+        """`forward` for positions that are a table already: tensors in, tensors out, nothing for the host to know."""
+        batch, _, frames, h, w = x.shape
         tokens = self._embed(x)
         time = self._time(timesteps.expand(batch, frames), tokens.dtype)  # [B, F, D]
         levels = self.time_projection(time).unflatten(-1, (6, -1))
-        table = self._table(tuple(positions), past, (h, w), tokens)
+        of_latent = math.prod(self._grid((h, w)))
         tokens, kvs = self._layers(
-            tokens, levels, table, condition, audio, past, mask, _tokens_of(kept, frames, math.prod(self._grid((h, w))))
+            tokens, levels, table, condition, audio, past, mask, _tokens_of(kept, frames, of_latent)
         )
         out = self._unpatchify(self.head(tokens, time), frames, h, w).to(x.dtype)
         if self.config.prediction == "x0":
@@ -412,12 +502,12 @@ class JoyAvatarDiT(nn.Module):
         """
         return self(x, x.new_zeros(1), (position,), condition, audio)[1]
 
-    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    def reference_table(self, position: int, shift: int, size: tuple[int, int], device: torch.device) -> Tensor:
         """Rotation of what `prefill` gave for latents of `size` (h, w), the reference at an index of its own.
 
         shift: by how much tokens of a past before the stream are moved along, in families that have some.
         """
-        return rotary_table((position,), self._grid(size), self.config.head_dim, like.dtype, like.device)
+        return rotary_table((position,), self._grid(size), self.config.head_dim, self._compute, device)
 
     def _layers(
         self,
@@ -426,7 +516,7 @@ class JoyAvatarDiT(nn.Module):
         table: Table,
         condition: ConditionKV,
         audio: AudioKV | None = None,
-        past: Past | None = None,
+        past: Context | None = None,
         mask: Tensor | None = None,
         kept: slice = EVERY,
     ) -> tuple[Tensor, list[KV]]:
@@ -440,7 +530,7 @@ class JoyAvatarDiT(nn.Module):
                 tokens,
                 levels,
                 table,
-                past.context.context(i) if past else None,
+                past.context(i) if past else None,
                 mask,
                 [kv and kv[i] for kv in (condition.text, condition.image, condition.face)],
                 self._attended(i, audio),
@@ -469,7 +559,7 @@ class JoyAvatarDiT(nn.Module):
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, C, F, h, w] -> [B, L, D]; one memory layout, so that a loaded state cannot change the bits."""
-        x = x.to(self.compute or self.patch_embedding.weight.dtype).contiguous()
+        x = x.to(self._compute).contiguous()
         return self.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
 
     def _time(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
@@ -480,15 +570,23 @@ class JoyAvatarDiT(nn.Module):
         angles = timesteps.to(wide)[..., None] * frequency
         return self.time_embedding(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
-    def _table(self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], like: Tensor) -> Table:
+    @property
+    def _compute(self) -> torch.dtype:
+        """Of the activations."""
+        return self.compute or self.patch_embedding.weight.dtype
+
+    def table(
+        self, positions: tuple[int, ...], past: Past | None, size: tuple[int, int], device: torch.device
+    ) -> Table:
+        """Rotation of a window of latents of `size` (h, w) at these indices, and of what it sees of the past."""
         grid = self._grid(size)
         before = past.positions if past else ()
-        table = rotary_table((*before, *positions), grid, self.config.head_dim, like.dtype, like.device)
+        table = rotary_table((*before, *positions), grid, self.config.head_dim, self._compute, device)
         start = len(before) * math.prod(grid)
         window = table[start:]
         if past is None or past.reference is None:
             return Table(window, table)
-        between = self.reference_table(past.reference, past.shift, size, like)
+        between = self.reference_table(past.reference, past.shift, size, device)
         return Table(window, torch.cat([table[:start], between, window]))
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -509,17 +607,33 @@ def modulation(table: Tensor, time: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(level.unsqueeze(2) for level in levels.unbind(2))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine, then per-latent scale and shift. x [B, L, D], shift and scale [B, F, 1, D]."""
+    if kernels.take(x, shift, scale):
+        return kernels.modulated_norm(x, shift, scale, eps)
     frames = shift.shape[1]
     y = F.layer_norm(x, x.shape[-1:], eps=eps).unflatten(1, (frames, -1))
     return torch.addcmul(shift, y, 1 + scale).flatten(1, 2)
 
 
+def _modulate_sum(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and what `modulate` makes of it."""
+    if kernels.take(x, y, shift, scale):
+        return kernels.added_modulated_norm(x, y, shift, scale, eps)
+    x = x + y
+    return x, modulate(x, shift, scale, eps)
+
+
 def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y per latent frame."""
+    if kernels.take(x, y, gate):
+        return kernels.gated(x, y, gate)
     frames = gate.shape[1]
     return torch.addcmul(x.unflatten(1, (frames, -1)), y.unflatten(1, (frames, -1)), gate).flatten(1, 2)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else scale * x
 
 
 def _tokens_of(latents: slice, frames: int, tokens: int) -> slice:

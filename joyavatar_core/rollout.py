@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from . import flow
+from . import flow, kernels
 from .audio import AudioTokens
 from .cache import EVERY, KV, Excerpt, KVCache
+from .captured import Captured
 from .conditioning import ImageChannels
+from .eight_bits import EightBitCache
 from .geometry import Geometry
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
 from .noise import Ahead, Draw, Purpose, integer
@@ -89,6 +91,7 @@ class RolloutState:
     audio: front-end tokens of the blocks in the window and of the newest finished one, of all latents they show.
     audio_kv: keys and values made of them; derived, never saved.
     ahead: noise of the next window, on the host; derived, never saved.
+    captured: forwards that are played again; None: every forward is launched anew.
     """
 
     caches: tuple[KVCache, ...]
@@ -101,6 +104,7 @@ class RolloutState:
     audio: dict[int, AudioTokens] = field(default_factory=dict)
     audio_kv: dict[int, AudioKV] = field(default_factory=dict)
     ahead: Ahead = field(default_factory=Ahead)
+    captured: Captured | None = None
 
     def tensors(self) -> StreamTensors:
         """Everything to be saved, by name."""
@@ -138,12 +142,26 @@ class Reseed:
 
 
 @dataclass(frozen=True)
+class Fast:
+    """How forwards are run; what comes out is the same within rounding.
+
+    kernels: see kernels.using. capture: forwards of a shape that keeps coming are played from a recording (`captured`).
+    small_cache: keys and values in eight bits, which is more than rounding (`eight_bits`).
+    """
+
+    kernels: kernels.Use = "auto"
+    capture: bool = False
+    small_cache: bool = False
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A model run under a policy; holds nothing that changes.
 
     before_forward: called before every forward of the model; may raise to stop between two of them.
     reseed: blocks with another seed (a retake); no part of what a saved state belongs to.
     seeds: one for each of several avatars side by side (`together`), in place of seed.
+    fast: how forwards are run.
     """
 
     model: JoyAvatarDiT
@@ -157,6 +175,7 @@ class Rollout:
     before_forward: Callable[[], None] = lambda: None
     reseed: Reseed | None = None
     seeds: tuple[int, ...] = ()
+    fast: Fast = Fast()
 
     def __post_init__(self) -> None:
         for size, wanted in self.policy.block_sizes.items():
@@ -197,7 +216,8 @@ class Rollout:
     def start(self) -> RolloutState:
         """A fresh state: empty caches at their final size."""
         count = len(self.policy.timesteps) if self.policy.kv_level == "per_step" else 1
-        return RolloutState(tuple(self._cache() for _ in range(count)))
+        captured = Captured() if self.fast.capture else None
+        return RolloutState(tuple(self._cache() for _ in range(count)), captured=captured)
 
     @property
     def heads(self) -> int:
@@ -210,7 +230,7 @@ class Rollout:
 
     def _cache(self) -> KVCache:
         config, policy = self.model.config, self.policy
-        return KVCache(
+        return (EightBitCache if self.fast.small_cache else KVCache)(
             layers=config.layers,
             batch=self.batch,
             block_tokens=self.geometry.tokens_per_latent * policy.block_latents,
@@ -286,7 +306,10 @@ class Rollout:
         for block, latents in zip(step.blocks, after.split(self.policy.block_latents, dim=2), strict=True):
             state.noisy[block] = latents.clone()
         if self.policy.kv_level == "per_step":  # stored when the window is over: a later forward may raise
-            state.pending[self.ring(step)] = [(k.detach(), value.detach()) for k, value in kv]
+            played = state.captured is not None  # then another step's forward may write to the same places
+            state.pending[self.ring(step)] = [
+                (k.clone(), value.clone()) if played else (k.detach(), value.detach()) for k, value in kv
+            ]
         return self._finish(state, step.blocks[0], kv) if step.finishes else None
 
     def _given(self, step: DenoiseStep, x: Tensor) -> Tensor:
@@ -372,7 +395,10 @@ class Rollout:
         positions = range(start - lead, start + len(latents))
         self.before_forward()
         audio = self._audio(state, blocks, lead)
-        return self.model(x, timesteps, positions, self.condition.kv, audio, past, kept=kept)
+        with kernels.using(self.fast.kernels):
+            if state.captured is None or torch.is_grad_enabled():
+                return self.model(x, timesteps, positions, self.condition.kv, audio, past, kept=kept)
+            return state.captured(self.model, x, timesteps, positions, self.condition.kv, audio, past, kept)
 
     def _motion(self, state: RolloutState, step: DenoiseStep, here: Tensor) -> tuple[Tensor, Tensor] | None:
         """MCI: the newest clean latent [B, C, 1, h, w] at the noise level of the window's first block, and that level

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .attention import AttentionFn, sdpa
 from .cache import KV
 from .config import AudioConfig, ModelConfig, S2VConfig
-from .model import Attention, AudioKV, ConditionKV, JoyAvatarDiT, Table
+from .model import Attention, AudioKV, ConditionKV, JoyAvatarDiT, Table, modulate
 from .rope import axes_table
 
 NOISY, REFERENCE, MOTION = range(3)
@@ -211,12 +211,12 @@ class S2VDiT(JoyAvatarDiT):
         tokens = torch.cat([tokens + self._mark(REFERENCE, tokens), packed + self._mark(MOTION, packed)], dim=1)
         time = self._time(torch.zeros(len(x), 1, device=x.device), tokens.dtype)
         levels = self.time_projection(time).unflatten(-1, (6, -1))
-        table = self.reference_table(position, 0, (x.shape[3], x.shape[4]), tokens)
+        table = self.reference_table(position, 0, (x.shape[3], x.shape[4]), x.device)
         return self._layers(tokens, levels, Table(table, table), condition)[1]
 
-    def reference_table(self, position: int, shift: int, size: tuple[int, int], like: Tensor) -> Tensor:
+    def reference_table(self, position: int, shift: int, size: tuple[int, int], device: torch.device) -> Tensor:
         """As JoyAvatarDiT; motion latents stand at -1, -3 and -19, -14, -9, -4 (as released), plus the shift."""
-        return _reference_table(position, shift, self._grid(size), self.config.head_dim, like.dtype, like.device)
+        return _reference_table(position, shift, self._grid(size), self.config.head_dim, self._compute, device)
 
     def _embed(self, x: Tensor) -> Tensor:
         tokens = super()._embed(x)
@@ -234,11 +234,9 @@ class S2VDiT(JoyAvatarDiT):
             return tokens
         which = self.inject_layers.index(layer - 1)
         k, v, shift, scale = audio.layers[which]
-        x = tokens.unflatten(1, (k.shape[1], -1))
-        normed = F.layer_norm(x, x.shape[-1:], eps=1e-5)
-        tuned = torch.addcmul(shift[:, :, None], normed, 1 + scale[:, :, None])
+        tuned = modulate(tokens, shift[:, :, None], scale[:, :, None], 1e-5).unflatten(1, (k.shape[1], -1))
         heard = self.audio_injector.injector[which](tuned, k, v)
-        return (x + heard).flatten(1, 2)
+        return tokens + heard.flatten(1, 2)
 
 
 @lru_cache(maxsize=8)

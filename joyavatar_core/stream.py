@@ -335,6 +335,7 @@ def identity(rollout: Rollout, front_end: AudioFrontEnd) -> str:
     """
     settings = (rollout.policy, rollout.geometry, rollout.seed, rollout.dtype, rollout.batch, rollout.model.config)
     settings += (newer,) if (newer := rollout.policy.newer_options) else ()
+    settings += ("keys and values in eight bits",) if rollout.fast.small_cache else ()
     hearing = (type(front_end).__name__, front_end.channels, front_end.tokens_per_latent)
     image, kv = rollout.condition.image, rollout.condition.kv
     constant = [t for layers in (kv.text, kv.image, kv.face) if layers for t in layers[0]]

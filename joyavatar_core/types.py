@@ -37,13 +37,12 @@ def batched(change: Callable[..., Tensor], *same: Any) -> Any:
 
 
 def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on a device, brought there without the host's waiting: CUDA copies it from page-locked memory.
-
-    Its type is changed there: a copy that changes it on the way waits.
+    """A tensor on a device, brought there without the host's waiting where that is safe: CUDA copies it from
+    page-locked memory. Its type is changed there: a copy that changes it on the way waits.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True).to(dtype or tensor.dtype)
+    return tensor.to(device, non_blocking=device.type in ("cuda", "meta")).to(dtype or tensor.dtype)
 
 
 class VideoAutoencoder(Protocol):

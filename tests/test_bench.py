@@ -352,6 +352,14 @@ def test_the_gpu_script_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.Mo
     assert "failed" in json.loads((tmp_path / "gpu.json").read_text())["bad"], "other parts stay"
 
 
+def test_ways_of_running_are_compared() -> None:
+    """On a CPU, where kernels are none: a rollout from recordings and one product are rounding, eight bits are more."""
+    model = replace(NARROW, layers=1, text_dim=0, text_len=0, face=None)
+    errors = script("kernels").whole_rollouts(model, CPU, torch.float32, (32, 32))
+    assert errors["kernels"] == errors["captured"] == 0 and errors["stacked, kernels, captured"] < 1e-4
+    assert all(1e-4 < errors[name] < 0.2 for name in ("fp8 kv", "fp8 linear", "fp8 both, captured"))
+
+
 def test_optimisations_compare_equal_results() -> None:
     tricks = script("optimisations")
     config, geometry = replace(NARROW, layers=1), Geometry(32, 32, spatial=16)

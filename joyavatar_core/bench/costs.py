@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..geometry import Geometry
 from ..model import ConditionKV
 from ..policy import RolloutPolicy
+from ..rollout import Fast
 from ..types import nbytes
 from ..wan_vae import WanVAE
 from .subject import random_light, random_model, random_rollout, random_wan, run_steady_window, steady_state
@@ -66,15 +67,17 @@ def model_cost(
     dtype: torch.dtype,
     settled: int = 30,
     cuda: bool = True,
+    fused: bool = False,
 ) -> ModelCost:
     """Of a model rolled out under a policy. settled: latents of the image channels that are kept. cuda: whether it is
-    for a CUDA device, which norms in one kernel.
+    for a CUDA device, which norms in one kernel. fused: with the kernels of `kernels`.
     """
     ledger = Ledger(fused_norm=cuda and hasattr(torch.ops.aten, "_fused_rms_norm"))
     model = random_model(config, META, dtype, attention=ledger.attention)
     ledger.name_weights(model)
     with torch.inference_mode(False), torch.no_grad():
-        rollout = random_rollout(model, policy, geometry, META, settled)
+        fast = Fast(kernels="always" if fused else "never")
+        rollout = random_rollout(model, policy, geometry, META, settled, fast=fast)
         state = steady_state(rollout)
         run_steady_window(rollout, state)  # what a block brings once is there for the older ones
     counted(lambda: run_steady_window(rollout, state), ledger)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import kernels
 from ..audio import AudioTrack
 from ..autoencoder import LightAutoencoder
 from ..avatar import Avatar
@@ -75,7 +76,8 @@ def _against(setup: Setup, ceilings: Ceilings, taken: float) -> Figures:
     """What the steady window costs by its shapes, and its time at the ceilings beside the time taken."""
     avatar = setup.avatar
     settled, cuda = avatar.autoencoder.settled_latents, avatar.device.type == "cuda"
-    cost = model_cost(avatar.model.config, setup.policy, setup.geometry, avatar.dtype, settled, cuda)
+    fused = kernels.available(avatar.device) and avatar.fast.kernels != "never"
+    cost = model_cost(avatar.model.config, setup.policy, setup.geometry, avatar.dtype, settled, cuda, fused)
     predicted = ceilings.seconds(cost.work)
     products = predicted["linear"] + predicted["attention"]
     return {

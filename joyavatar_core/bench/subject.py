@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import AttentionFn, sdpa
+from ..attention import AttentionFn, fitting
 from ..audio import AudioFrontEnd, AudioTokens, AudioTrack, LogMel
 from ..autoencoder import AUTOENCODERS, LightAutoencoder
 from ..avatar import (
@@ -34,7 +34,7 @@ from ..config import MODELS, ModelConfig
 from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
-from ..rollout import Condition, Rollout, RolloutState
+from ..rollout import Condition, Fast, Rollout, RolloutState
 from ..wan_vae import WanVAE, WanVAEConfig
 from ..wav2vec import TokenWindows, Wav2Vec2Windows, samples_of
 
@@ -71,7 +71,8 @@ class Setup:
     def rollout(self) -> Rollout:
         """The model's rollout with random conditions, without anything around it."""
         settled = self.avatar.autoencoder.settled_latents
-        return random_rollout(self.avatar.model, self.policy, self.geometry, self.avatar.device, settled)
+        avatar = self.avatar
+        return random_rollout(avatar.model, self.policy, self.geometry, avatar.device, settled, fast=avatar.fast)
 
 
 class Borrowed(nn.Linear):
@@ -109,7 +110,7 @@ def random_model(
     device: torch.device,
     dtype: torch.dtype,
     weights: Weights = "bf16",
-    attention: AttentionFn = sdpa,
+    attention: AttentionFn = fitting,
     home: torch.device | None = None,
 ) -> JoyAvatarDiT:
     """A transformer with random weights.
@@ -181,6 +182,7 @@ def random_rollout(
     device: torch.device,
     settled: int,
     dtype: torch.dtype | None = None,
+    fast: Fast | None = None,
 ) -> Rollout:
     """A rollout with random text, image, face and picture of which the first `settled` latents differ."""
     config = model.config
@@ -193,7 +195,7 @@ def random_rollout(
     if config.has_image_channels:
         shape = (1, config.in_channels - config.out_channels, settled, *geometry.latent_size)
         channels = ImageChannels(torch.zeros(shape, dtype=dtype, device=device), config.mask_channels == 1)
-    return Rollout(model, policy, geometry, Condition(kv, channels), 0, device, dtype)
+    return Rollout(model, policy, geometry, Condition(kv, channels), 0, device, dtype, fast=fast or Fast())
 
 
 def steady_state(rollout: Rollout) -> RolloutState:
@@ -206,7 +208,7 @@ def steady_state(rollout: Rollout) -> RolloutState:
         cache.committed = first
         for tensor in (cache.keys, cache.values):
             if tensor.device.type != "meta":
-                tensor.normal_()
+                tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device))  # eight bits are not drawn themselves
     channels = rollout.model.config.out_channels
     state.motion = torch.randn(rollout.batch, channels, 1, *geometry.latent_size).to(rollout.device)
     state.audio = {b: _heard(rollout, b) for b in range(first - 1, state.window)}

@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from ..bench import ceilings, measure, plan, subject, timing
 from ..config import MODELS
 from ..model import Block
 from ..overlap import Overlap
-from .options import device_of, dtype_of, overlap_of, size_of
+from .options import device_of, dtype_of, overlap_of, quickened_by, size_of
 
 _FRAMES_OF_SECOND = 16  # of a video in real time
 
@@ -92,8 +93,10 @@ def _setup(args: argparse.Namespace, device: torch.device) -> subject.Setup:
     size = size_of(args.size) if args.size else subject.SIZES[args.config]
     dtype = dtype_of(args.dtype) or default_dtype(device)
     if args.config == "tiny":
-        return subject.embedded_setup(args.random, size, device, dtype, args.blocks)
-    return subject.random_setup(MODELS[args.config], size, device, dtype, args.blocks)
+        setup = subject.embedded_setup(args.random, size, device, dtype, args.blocks)
+    else:
+        setup = subject.random_setup(MODELS[args.config], size, device, dtype, args.blocks)
+    return replace(setup, avatar=quickened_by(args, setup.avatar))
 
 
 def _machine(args: argparse.Namespace, setup: subject.Setup) -> dict[str, Any]:
@@ -110,6 +113,7 @@ def _machine(args: argparse.Namespace, setup: subject.Setup) -> dict[str, Any]:
         "dtype": str(setup.avatar.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "frames": setup.frames,
+        "fast": asdict(setup.avatar.fast) | {"fp8": args.fp8 or "none"},
         "latents": {
             "query": setup.policy.window_blocks * setup.policy.block_latents + setup.policy.motion_frame,
             "key": setup.policy.span_latents + setup.policy.motion_frame,

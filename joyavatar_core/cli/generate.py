@@ -31,7 +31,16 @@ from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
 from ..types import VideoAutoencoder
-from .options import device_of, dtype_of, overlap_of, policy_of, several_gpus, several_videos, size_of
+from .options import (
+    device_of,
+    dtype_of,
+    overlap_of,
+    policy_of,
+    quickened_by,
+    several_gpus,
+    several_videos,
+    size_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -276,10 +285,11 @@ def system_of(args: argparse.Namespace, pictures: Sequence[np.ndarray]) -> tuple
     device = device_of(args.device)
     dtype = dtype_of(args.dtype)
     if args.model == "tiny":
-        return load_embedded(device, dtype), [Encoded() for _ in pictures]
+        return quickened_by(args, load_embedded(device, dtype)), [Encoded() for _ in pictures]
     from .full_size import load_for_pictures
 
-    return load_for_pictures(args, pictures, device, dtype)
+    avatar, encoded = load_for_pictures(args, pictures, device, dtype)
+    return quickened_by(args, avatar), encoded
 
 
 def decoder_of(args: argparse.Namespace, avatar: Avatar) -> VideoAutoencoder | None:

@@ -12,7 +12,7 @@ from .. import samples
 from ..config import MODELS
 from ..policy import POLICIES
 from . import prepare, train
-from .options import Repeatable, add_overlap, add_several_gpus
+from .options import Repeatable, add_fast, add_overlap, add_several_gpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +96,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     add_overlap(p)
     _add_policy(p)
     p.set_defaults(policy=None)  # the model's own
+    add_fast(p)
     add_several_gpus(p)
     p.add_argument("--pcm", default="16000:1:s16le", metavar="RATE:CHANNELS:FORMAT", help="format of - (%(default)s)")
     p.add_argument("--checkpoint-blocks", type=int, default=8, metavar="N", help="blocks between saved states; 0: none")
@@ -197,6 +198,7 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     p.add_argument("--baseline", action="store_true", help="measure the plain way too")
     p.add_argument("--wan-vae", action="store_true", help="measure Wan2.1's decoder too")
     p.add_argument("--batch", type=int, metavar="N", help="measure N avatars through one rollout too")
+    add_fast(p)
     p.add_argument(
         "--soak", type=int, nargs="?", const=10_101, metavar="N", help="compare early and late blocks of N (%(const)s)"
     )

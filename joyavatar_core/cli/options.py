@@ -13,6 +13,7 @@ from ..policy import RolloutPolicy, changed, policy
 if TYPE_CHECKING:
     import torch
 
+    from ..avatar import Avatar
     from ..overlap import Overlap
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,32 @@ def span_of(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"--reference-ahead {text!r}: write a number, e.g. 30, or the least and the most, e.g. 4-30")
     return int(match[1]), int(match[2] or match[1])
+
+
+def add_fast(parser: argparse.ArgumentParser) -> None:
+    """Options of the fast path."""
+    p = parser.add_argument_group("fast path (docs/performance.md)")
+    p.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="q, k and v as one product, forwards played from a recording (a CUDA graph); --no-fast: not (default)",
+    )
+    p.add_argument(
+        "--fp8", choices=("linear", "kv", "both"), help="eight bits for products, kept keys and values, both"
+    )
+    p.add_argument(
+        "--kernels", choices=("auto", "never"), default="auto", help="Triton's, where they work (%(default)s)"
+    )
+
+
+def quickened_by(args: argparse.Namespace, avatar: Avatar) -> Avatar:
+    """The system as the options of `add_fast` want it run."""
+    from ..avatar import quickened
+
+    if args.fast or args.fp8:
+        avatar = quickened(avatar, args.fp8 or "none")
+    return replace(avatar, fast=replace(avatar.fast, kernels=args.kernels, capture=args.fast))
 
 
 def add_several_gpus(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ Shape legend: B batch, C latent channels, n latents of a block, h w latent size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -222,5 +222,6 @@ def latents_dtype(rollout: Rollout) -> torch.dtype:
 
 
 def as_ranked(kind: type[RankedT], rollout: Rollout, **more: Any) -> RankedT:
-    """The same rollout as one rank's part of it."""
-    return kind(**{f.name: getattr(rollout, f.name) for f in fields(Rollout)}, **more)
+    """The same rollout as one rank's part of it. Nothing is captured: ranks talk between, and inside, the forwards."""
+    own = {f.name: getattr(rollout, f.name) for f in fields(Rollout)}
+    return kind(**{**own, "fast": replace(rollout.fast, capture=False)}, **more)

@@ -22,9 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST_SECONDS = 5.0  # no part is begun with less left
 _BENCH = ("-m", "joyavatar_core.cli.main", "bench", "--json", "--config")
 
-JOBS: dict[str, tuple[str, ...]] = {  # the most wanted first
+JOBS: dict[str, tuple[str, ...]] = {  # what must be right before all else, then the most wanted first
+    "fast path against eager": ("benchmarks/kernels.py", "--config", "flash-1.3b"),
     "1.3B 512x512": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "32", "--wan-vae", "--baseline"),
     "1.3B 480x832": (*_BENCH, "flash-1.3b", "--size", "480x832", "--blocks", "24", "--wan-vae", "--baseline"),
+    "1.3B 512x512 fast": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "32", "--fast"),
+    "1.3B 480x832 fast": (*_BENCH, "flash-1.3b", "--size", "480x832", "--blocks", "24", "--fast"),
+    "1.3B 512x512 fast fp8": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "16", "--fast", "--fp8", "both"),
+    "1.3B 512x512 no kernels": (*_BENCH, "flash-1.3b", "--size", "512x512", "--blocks", "16", "--kernels", "never"),
     "14B 384x704": (*_BENCH, "teacher-14b", "--size", "384x704", "--blocks", "16", "--wan-vae"),
     "optimisations 1.3B 512x512": ("benchmarks/optimisations.py", "--config", "flash-1.3b", "--size", "512x512"),
     "embedded 256x256": (*_BENCH, "tiny", "--blocks", "60", "--baseline"),

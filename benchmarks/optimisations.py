@@ -32,7 +32,7 @@ from joyavatar_core.bench.trace import Ledger, counted
 from joyavatar_core.cli.options import device_of, size_of
 from joyavatar_core.config import MODELS, ModelConfig
 from joyavatar_core.geometry import Geometry
-from joyavatar_core.model import JoyAvatarDiT, _modulate, modulation
+from joyavatar_core.model import JoyAvatarDiT, modulate, modulation
 from joyavatar_core.plain import _complex_rotate, _frequency_table
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.rope import rotary_table, rotate
@@ -72,7 +72,7 @@ def constant_conditions(place: Place) -> tuple[Call, Call]:
 
 
 def real_rotation(place: Place) -> tuple[Call, Call]:
-    """Keys and queries of all layers turned by cos and sin: or by complex numbers in float64."""
+    """Keys and queries of all layers turned by complex numbers in float32: or in float64."""
     _frequency_table.cache_clear()  # of another device, perhaps
     config, grid = place.config, place.geometry.grid
     x = place.noise(1, SEEN * place.geometry.tokens_per_latent, config.heads, config.head_dim)
@@ -110,7 +110,7 @@ def modulation_by_latent(place: Place) -> tuple[Call, Call]:
         for _ in range(place.config.layers):
             e = modulation(levels, time, x)
             for shift, scale in (e[:2], e[3:5]):
-                _modulate(x, shift, scale, 1e-6)
+                modulate(x, shift, scale, 1e-6)
 
     return plain, ours
 

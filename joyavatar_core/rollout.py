@@ -438,7 +438,7 @@ class Rollout:
             x = torch.cat([x, self.condition.image.at([0]).to(x)], dim=1)
         motion = None if picture.motion is None else picture.motion.to(self.device)
         self.before_forward()
-        with torch.no_grad():
+        with torch.no_grad(), kernels.using(self.fast.kernels):
             heard = self._given_sound(state) if self.policy.picture_alone else None
             made = self.model.prefill(x, self.condition.kv, self.policy.reference_floor, motion, heard)
         keys, values = zip(*made, strict=True)

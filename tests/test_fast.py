@@ -76,13 +76,13 @@ class Guard(TorchDispatchMode):
 
 
 def meta_rollout(policy: RolloutPolicy) -> Rollout:
-    geometry = Geometry(32, 48, block_latents=policy.block_latents)
+    geometry = Geometry(32, 48, **policy.block_sizes)
     model = subject.random_model(CONFIG, META, torch.bfloat16)
     with torch.no_grad():
         return subject.random_rollout(model, policy, geometry, META, 30)
 
 
-@pytest.mark.parametrize("name", ["joyavatar-flash", "self-forcing", "avatarforcing"])
+@pytest.mark.parametrize("name", ["joyavatar-flash", "self-forcing", "rolling-forcing"])
 @torch.no_grad()
 def test_a_steady_step_waits_for_nothing_and_keeps_its_shapes(name: str) -> None:
     rollout = meta_rollout(POLICIES[name])

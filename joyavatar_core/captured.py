@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Recording(Protocol):
 class Graph:
     """A recording on CUDA. pool: memory that all graphs of a stream share, since they are played one after another."""
 
-    def __init__(self, call: Callable[[], Made], device: torch.device, pool: tuple[int, int]) -> None:
+    def __init__(self, call: Callable[[], Made], device: torch.device, pool: Any) -> None:
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):  # libraries make their workspaces at the first call, which cannot be captured
@@ -110,7 +110,7 @@ class Captured:
 
     seen: Counter[Hashable] = field(default_factory=Counter)
     recordings: dict[Hashable, tuple[Buffers, Recording, object]] = field(default_factory=dict)
-    pool: tuple[int, int] | None = None
+    pool: Any = None
 
     def __call__(
         self,

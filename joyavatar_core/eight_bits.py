@@ -49,7 +49,8 @@ class EightBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D'] in the dtype of x."""
         rows, scale = quantised(x.flatten(0, -2))
-        out = torch._scaled_mm(rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)
+        product = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        out = product(rows, self.weight.t(), scale, self.scale.t(), out_dtype=torch.bfloat16)
         out = out.to(x.dtype) if self.bias is None else out.to(x.dtype) + self.bias
         return out.unflatten(0, x.shape[:-1])
 

@@ -54,7 +54,7 @@ def available(device: torch.device) -> bool:
     """Whether Triton is installed and works on a CUDA device: it is tried, for it needs a compiler of its own."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
-    from triton.errors import TritonError
+    from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 
     x, y, gate = (torch.full((1, 1, *more, 16), 2.0, device=device) for more in ((), (), (1,)))
     try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 
 import torch
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,7 +90,7 @@ def launch_modulated_norm(
     out = torch.empty_like(x)
     _modulated_norm[(_rows(x),)](
         x, x if y is None else y, shift, scale, total, out, x.shape[1] // shift.shape[1], step, width, eps,
-        ADD=y is not None, BLOCK=_block(width), num_warps=_warps(width),
+        ADD=y is not None, BLOCK=_block(width), num_warps=_warps(width),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return total, out
 
@@ -101,8 +101,9 @@ def launch_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     gate, step = _levels(gate)
     out = torch.empty_like(x)
     _gated[(_rows(x),)](
-        x, y, gate, out, x.shape[1] // gate.shape[1], step, width, BLOCK=_block(width), num_warps=_warps(width)
-    )
+        x, y, gate, out, x.shape[1] // gate.shape[1], step, width,
+        BLOCK=_block(width), num_warps=_warps(width),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
     return out
 
 
@@ -119,7 +120,7 @@ def launch_turn(
     _turn[(batch * tokens,)](
         x, x if weight is None else weight, table, out, out if kept is None else kept, tokens, width, head_dim // 2,
         x.stride(0), x.stride(1), out.stride(0), out.stride(1), first, 0 if kept is None else kept.shape[1], eps,
-        NORM=weight is not None, KEEP=kept is not None, BLOCK=_block(width), num_warps=_warps(width),
+        NORM=weight is not None, KEEP=kept is not None, BLOCK=_block(width), num_warps=_warps(width),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
 
 

@@ -120,9 +120,7 @@ class Avatar:
         """The rollout of a stream for a picture [1, 3, H, W] in [-1, 1]."""
         geometry = self.geometry((picture.shape[3], picture.shape[2]), policy)
         condition = self.condition(picture, encoded)
-        return Rollout(
-            self.model, policy, geometry, condition, seed, self.device, self.dtype, fast=self.fast
-        )
+        return Rollout(self.model, policy, geometry, condition, seed, self.device, self.dtype, fast=self.fast)
 
 
 def quickened(avatar: Avatar, eight_bits: EightBits = "none") -> Avatar:

@@ -146,7 +146,7 @@ CASES: tuple[Callable[[Place], tuple[Call, Call]], ...] = (
 
 
 def _window(place: Place, policy: RolloutPolicy) -> Call:
-    geometry = replace(place.geometry, block_latents=policy.block_latents)
+    geometry = replace(place.geometry, **policy.block_sizes)
     rollout = subject.random_rollout(place.model, policy, geometry, place.device, 10, place.dtype)
     state = subject.steady_state(rollout)
     return lambda: subject.run_steady_window(rollout, state)

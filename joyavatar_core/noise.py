@@ -31,7 +31,7 @@ def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose:
 
 
 class Draw(NamedTuple):
-    """Noise that is wanted: arguments of `gaussian`. seeds: one for all of a batch, or for each of its items its own."""
+    """Noise that is wanted: arguments of `gaussian`. seeds: one for a batch, or one for each item."""
 
     seeds: tuple[int, ...]
     block: int

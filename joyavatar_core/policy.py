@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from . import schedule
 from .schedule import DenoiseStep
@@ -29,6 +29,13 @@ class Seen:
     block: int
     skipped: int
     index: int
+
+
+class BlockSizes(TypedDict):
+    """The sizes of a Geometry that a policy decides."""
+
+    block_latents: int
+    first_latent: int
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class RolloutPolicy:
         return self.first_latent + block * self.block_latents
 
     @property
-    def block_sizes(self) -> dict[str, int]:
+    def block_sizes(self) -> BlockSizes:
         """What a Geometry has to know of the blocks."""
         return {"block_latents": self.block_latents, "first_latent": self.first_latent}
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from joyavatar_core import checkpoint
+from joyavatar_core import checkpoint, lora
 from joyavatar_core.avatar import build_model
 from joyavatar_core.config import AudioConfig, ModelConfig, S2VConfig
 from joyavatar_core.model import JoyAvatarDiT
@@ -53,6 +53,7 @@ def host() -> Iterator[Host]:
         write_pickles(running.base / "models" / "loras")
         write_full_size(running.base / "models")
         write_live_avatar(running.base / "models")
+        write_livetalk(running.base / "models")
         (running.base / "custom_nodes" / "prompts.py").write_text(PROMPTS)
         running.restart()  # so that the lists of files are new
         yield running
@@ -135,8 +136,26 @@ def write_live_avatar(models: Path) -> None:
         audio=AudioConfig(kind="injected", features=13 * 768, window=4, tokens=4),
         s2v=S2VConfig(audio_layers=13, inject_layers=(0, 1)),
     )  # fmt: skip
+    tensors = build_model(config).state_dict()
     metadata = {"model_config": checkpoint.config_to_json(config)}
-    checkpoint.write(models / "diffusion_models" / "s2v.safetensors", build_model(config).state_dict(), metadata)
+    checkpoint.write(models / "diffusion_models" / "s2v.safetensors", tensors, metadata)
+    adapter = {}
+    for module in lora.live_avatar_modules(tensors):
+        rows, columns = tensors[f"{module}.weight"].shape
+        adapter[f"base_model.model.{module}.lora_A.weight"] = torch.randn(2, columns) * 0.05
+        adapter[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, 2) * 0.05
+    checkpoint.write(models / "loras" / "live.safetensors", adapter, {})
+
+
+def write_livetalk(models: Path) -> None:
+    """A small transformer of OmniAvatar's kind, which hears all states of the small wav2vec2 at the frame rate."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        dim=128, ffn_dim=128, layers=6, heads=1, in_channels=33, text_dim=8, text_len=8, image_dim=0,
+        audio=AudioConfig(kind="added", features=14 * 768, width=32, window=4),
+    )  # fmt: skip
+    metadata = {"model_config": checkpoint.config_to_json(config)}
+    checkpoint.write(models / "diffusion_models" / "omni.safetensors", build_model(config).state_dict(), metadata)
 
 
 def full_size(dtype: str = "fp32", hearing: bool = True, **sampler: Any) -> dict[str, Any]:
@@ -418,6 +437,33 @@ def test_live_avatar_at_its_own_rate_and_policy(host: Host) -> None:
     prompt["31"] = node("TestPrompt", channels=8)
     frames = frames_of(file_of(host, host.run(prompt)))
     assert len(frames) == 25 and frames.std() > 0, "a second of sound"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "frames"), [("live_avatar", "s2v.safetensors", 25), ("livetalk", "omni.safetensors", 16)]
+)
+def test_workflows_for_public_weights_run(host: Host, name: str, model: str, frames: int) -> None:
+    """As stored but for the files, a small size, a second of sound and a text encoder of the tests."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    small = {
+        "JoyAvatarLoadModel": {"model": model},
+        "JoyAvatarLoRA": {"lora": "live.safetensors"},
+        "VAELoader": {"vae_name": "small.safetensors"},
+        "AudioEncoderLoader": {"audio_encoder_name": "small.safetensors"},
+        "JoyAvatarReference": {"size": "custom", "width": 128, "height": 128},
+        "JoyAvatarAudioEncoder": {"audio": ["100", 0]},
+    }
+    for given in prompt.values():
+        given["inputs"] |= small.get(given["class_type"], {})
+    numbers = {given["class_type"]: number for number, given in prompt.items()}
+    prompt |= {"100": node("LoadAudio", audio="many/a.wav"), numbers["CLIPTextEncode"]: node("TestPrompt", channels=8)}
+    del prompt[numbers["CLIPLoader"]]
+    prompt["101"] = node("JoyAvatarRolloutInfo", latents=[numbers["JoyAvatarStreamingSampler"], 0])
+    entry = host.run(prompt)
+    shown = frames_of(file_of(host, entry, numbers["JoyAvatarStreamToVideo"]))
+    assert len(shown) == frames and shown.std() > 0
+    (text,) = entry["outputs"]["101"]["text"]
+    assert "window 1: " in text and "K/V: " in text
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8_e4m3fn"])

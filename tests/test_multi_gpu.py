@@ -60,7 +60,7 @@ def wide_rollout(policy: str, dtype: torch.dtype) -> Rollout:
     channels = torch.randn(1, 8, 30, 4, 6, dtype=dtype, generator=torch.Generator().manual_seed(4))
     assert made.condition.image
     condition = replace(made.condition, image=replace(made.condition.image, channels=channels))
-    geometry = Geometry(48, 32, spatial=8, patch=(1, 1), block_latents=POLICIES[policy].block_latents)
+    geometry = Geometry(48, 32, spatial=8, patch=(1, 1), **POLICIES[policy].block_sizes)
     return replace(made, geometry=geometry, condition=condition)
 
 

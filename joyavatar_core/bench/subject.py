@@ -211,7 +211,8 @@ def steady_state(rollout: Rollout) -> RolloutState:
                 tensor.copy_(torch.randn(tensor.shape[1:], device=tensor.device))  # eight bits are not drawn themselves
     channels = rollout.model.config.out_channels
     state.motion = torch.randn(rollout.batch, channels, 1, *geometry.latent_size).to(rollout.device)
-    state.audio = {b: _heard(rollout, b) for b in range(first - 1, state.window)}
+    heard = [*range(first - 1, state.window), *([0] if policy.picture_alone else [])]
+    state.audio = {block: _heard(rollout, block) for block in heard}
     return state
 
 
@@ -231,7 +232,7 @@ def audio_tokens(config: ModelConfig, geometry: Geometry) -> int:
 def _heard(rollout: Rollout, block: int) -> AudioTokens:
     config = rollout.model.config
     return random_tokens(
-        rollout.policy.block_latents,
+        len(rollout.geometry.latents_of_block(block)),
         audio_tokens(config, rollout.geometry),
         config.audio.features if config.audio else 1,
         block,

@@ -451,7 +451,7 @@ def test_recomputed_activations_give_the_same_gradients(file: Path, tmp_path: Pa
         loss.backward()
     for (name, p), q in zip(states[0].model.named_parameters(), states[1].model.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad), name
-    assert saved[1] < saved[0] / 2
+    assert saved[1] < 0.6 * saved[0]
 
 
 def test_one_process_of_shards_is_one_without(file: Path, tmp_path: Path):

@@ -122,11 +122,11 @@ def test_noise_is_drawn_before_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Ahead, "take", lambda self, draw: taken.append(draw in self.drawn) or take(self, draw))
     subject.run_steady_window(rollout, state)
     assert len(taken) == 6 and all(taken)  # a new block, the motion frame, four blocks to their next level
-    ahead, draws = Ahead(), [Draw(3, block, 1, (1, 2, 3)) for block in range(3)]
+    ahead, draws = Ahead(), [Draw((3,), block, 1, (1, 2, 3)) for block in range(3)]
     ahead.foresee(draws[:2])
     ahead.foresee(draws[1:])
     assert list(ahead.drawn) == draws[1:]
-    assert all(torch.equal(ahead.take(d), gaussian(*d)) for d in draws) and not ahead.drawn
+    assert all(torch.equal(ahead.take(d), gaussian(3, *d[1:])) for d in draws) and not ahead.drawn
 
 
 def test_channels_of_latents_are_those_of_an_index() -> None:

@@ -44,7 +44,7 @@ def s2v_rollout(policy: RolloutPolicy = LIVE, dit: S2VDiT | None = None, side: i
 
 def hear(state: RolloutState, rollout: Rollout) -> None:
     """Sound for the block that enters the next window."""
-    block, n = state.window, rollout.policy.block_latents
+    block, n = state.window, len(rollout.geometry.latents_of_block(state.window))
     if rollout.model.config.s2v:
         frames = torch.randn(n, 4, 150, generator=torch.Generator().manual_seed(block))
         state.audio[block] = AudioTokens(frames, torch.ones(n, 4, dtype=torch.bool))
@@ -146,10 +146,10 @@ def test_costs_are_those_of_the_run(name: str, monkeypatch: pytest.MonkeyPatch) 
     rollout, blocks = small_rollout(POLICIES[name], dtype=torch.float32), 9
     state, seen, forward = rollout.start(), [], type(rollout.model).forward
 
-    def spy(self, x, timesteps, positions, condition, audio=None, past=None, mask=None):
+    def spy(self, x, timesteps, positions, condition, audio=None, past=None, mask=None, **kept):
         keys = past.context.context(0)[0].shape[1] if past else 0
         seen.append((8 * x.shape[2], 8 * x.shape[2] + keys))
-        return forward(self, x, timesteps, positions, condition, audio, past, mask)
+        return forward(self, x, timesteps, positions, condition, audio, past, mask, **kept)
 
     monkeypatch.setattr(type(rollout.model), "forward", spy)
     for window in range(rollout.policy.num_windows(blocks)):

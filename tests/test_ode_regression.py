@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from joyavatar_core import flow
 from joyavatar_core.audio import AudioTokens
 from joyavatar_core.avatar import load_model
+from joyavatar_core.cache import EVERY
 from joyavatar_core.checkpoint import read
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.model import AudioKV, ConditionKV
@@ -95,8 +96,11 @@ class Field(nn.Module):
         self.formula = formula
         self.config = SimpleNamespace(layers=1, heads=1, head_dim=2, out_channels=4, audio=None)
 
-    def forward(self, x: Tensor, timesteps: Tensor, positions: Any, *_: Any) -> tuple[Tensor, list]:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, positions: Any, *_: Any, kept: slice = EVERY
+    ) -> tuple[Tensor, list]:
         v = self.formula(x[:, :4], (timesteps / 1000).to(x)[None, None, :, None, None])
+        timesteps = timesteps[kept]
         key = timesteps.to(x).repeat_interleave(GEOMETRY.tokens_per_latent)[None, :, None, None].expand(1, -1, 1, 2)
         return v, [(key, key)]
 
@@ -126,8 +130,8 @@ class Hearing(Field):
     def audio(self, tokens: Tensor, valid: Tensor | None) -> AudioKV:
         return AudioKV(((tokens, tokens),), valid)
 
-    def forward(self, x: Tensor, timesteps: Tensor, positions: Any, kv: Any, audio: Any, *_: Any) -> tuple:
-        v, keys = super().forward(x, timesteps, positions)
+    def forward(self, x: Tensor, timesteps: Tensor, positions: Any, kv: Any, audio: Any, *_: Any, kept: slice) -> tuple:
+        v, keys = super().forward(x, timesteps, positions, kept=kept)
         return v + audio.layers[0][0].mean(), keys
 
 

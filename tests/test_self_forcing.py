@@ -279,7 +279,7 @@ def test_a_batch_is_its_clips_one_by_one(model: JoyAvatarDiT, monkeypatch: pytes
     def same(seed: int, block: int, forward: int, shape: tuple[int, ...], purpose: str) -> Tensor:
         return one(seed, block, forward, (1, *shape[1:]), purpose).expand(shape)
 
-    monkeypatch.setattr("joyavatar_core.rollout.gaussian", same)
+    monkeypatch.setattr("joyavatar_core.noise.gaussian", same)
     both = inputs(2)
     for drawn in (MAIN, AUXILIARY):
         together = sample(model, drawn, given=both).latents

@@ -158,11 +158,11 @@ class Counting(nn.Module):
         return None
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, positions: Any, condition: Any, audio: Any, past: Past | None
+        self, x: Tensor, timesteps: Tensor, positions: Any, condition: Any, audio: Any, past: Past | None, kept: slice
     ) -> Any:
         latents = x.shape[2]
         self.asked.append((latents, len(past.positions) if past else 0))
-        kv = torch.zeros(1, latents, 1, 2)
+        kv = torch.zeros(1, latents, 1, 2)[:, kept]
         return x * self.weight, [(kv, kv)]
 
 

@@ -9,6 +9,7 @@ Shape legend: B batch, S tokens of a block, heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +86,7 @@ class KVCache:
 
     def part(self, items: slice) -> KVCache:
         """Of some items of the batch: a view of the same memory, with a count of its own."""
-        part = KVCache.__new__(KVCache)
-        part.__dict__.update(self.__dict__)
+        part = copy(self)
         part.keys, part.values = self.keys[:, items], self.values[:, items]
         return part
 

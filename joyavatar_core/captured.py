@@ -48,7 +48,8 @@ class Graph:
             call()
         torch.cuda.current_stream(device).wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # threads that hear and write beside the rollout may use the device meanwhile: what they do is not captured
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.made = call()
 
     def play(self) -> Made:

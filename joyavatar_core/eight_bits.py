@@ -73,6 +73,13 @@ class EightBitCache(KVCache):
         """As KVCache, with the scales."""
         return super().tensors() | {"key_scales": self.scales[0], "value_scales": self.scales[1]}
 
+    def part(self, items: slice) -> EightBitCache:
+        """As KVCache, with the scales."""
+        part = super().part(items)
+        assert isinstance(part, EightBitCache)
+        part.scales = self.scales[:, :, items]
+        return part
+
     def _store(self, layer: int, tokens: slice, keys: Tensor, values: Tensor) -> None:
         for i, (place, new) in enumerate(((self.keys, keys), (self.values, values))):
             small, scale = quantised(new)

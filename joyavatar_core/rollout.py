@@ -120,7 +120,10 @@ class RolloutState:
     def part(self, items: slice) -> RolloutState:
         """Of some items of the batch, between two windows; the caches stay where they are."""
         assert not self.pending, "a window is at work"
-        part: RolloutState = batched(lambda tensor: tensor[items], replace(self, caches=(), reference=None))
+        derived = {"ahead": Ahead(), "captured": None}  # of the whole batch: made anew
+        whole = replace(self, caches=(), reference=None, **derived)
+        part: RolloutState = batched(lambda tensor: tensor[items], whole)
+        part.captured = None if self.captured is None else Captured()
         part.caches = tuple(cache.part(items) for cache in self.caches)
         if self.reference is not None:
             keys, values = self.reference

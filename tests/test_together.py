@@ -17,13 +17,13 @@ from joyavatar_core.cli.main import main
 from joyavatar_core.conditioning import image_channels, reference_tokens
 from joyavatar_core.generate import Progress, generate
 from joyavatar_core.overlap import Overlap
-from joyavatar_core.policy import POLICIES
-from joyavatar_core.rollout import Condition, Rollout
+from joyavatar_core.policy import POLICIES, RolloutPolicy
+from joyavatar_core.rollout import Condition, Fast, Rollout, RolloutState
 from joyavatar_core.stream import AvatarStream, LatentStream
 from joyavatar_core.together import Speaker, generate_together
 from joyavatar_core.types import batched
 
-from .helpers import GEOMETRY, SMALL, small_model
+from .helpers import GEOMETRY, SMALL, audio_tokens, small_model, small_rollout
 from .test_cli import frames_of, picture, write_sound  # noqa: F401
 from .test_live_avatar import s2v_rollout
 from .test_overlap import BOTH, Kept, StopError, nobody_left
@@ -140,6 +140,33 @@ def test_latents_within_rounding(policy: str, dtype: torch.dtype, tolerance: flo
         assert (many[item : item + 1] - one).abs().max() <= limit
         assert item == 0 or (part[item - 1 : item] - one).abs().max() <= limit
     assert not torch.allclose(many[0], many[1], atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fast", "tolerance"), [(Fast(), 1e-10), (Fast(capture=True), 1e-10), (Fast(small_cache=True), 1e-2)], ids=str
+)
+def test_parted_on_the_way(fast: Fast, tolerance: float) -> None:
+    """In steady state, when forwards are played from a recording, and with keys in eight bits."""
+    singles = [replace(small_rollout(RolloutPolicy(), seed=i), fast=fast) for i in range(3)]
+    singles = [replace(single, model=singles[0].model) for single in singles]
+
+    def advance(rollout: Rollout, state: RolloutState, stop: int) -> Tensor:
+        made = []
+        while state.window < stop:
+            state.audio[state.window] = AudioTokens.stack([audio_tokens(state.window)] * rollout.batch)
+            made += [done.latents for done in rollout.run_window(state)]
+        return torch.cat(made, dim=2)
+
+    with torch.inference_mode():
+        whole = Rollout.together(singles)
+        state = whole.start()
+        before = advance(whole, state, 12)
+        parts = [slice(0, 2), slice(2, 3)]
+        after = torch.cat([advance(whole.part(items), state.part(items), 18) for items in parts])
+        for item, single in enumerate(singles):
+            one = advance(single, single.start(), 18)
+            many = torch.cat([before[item : item + 1], after[item : item + 1]], dim=2)
+            assert (many - one).abs().max() <= tolerance * one.abs().max()
 
 
 def image_channels_of(channels: Tensor) -> object:

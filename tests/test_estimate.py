@@ -8,17 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from joyavatar_core.attention import sdpa
 from joyavatar_core.avatar import random_embedded
 from joyavatar_core.config import MODELS
-from joyavatar_core.estimate import Forward, cache_bytes, cost_lines, estimate, window_costs, window_forwards
+from joyavatar_core.estimate import cache_bytes, cost_lines, estimate, window_costs, window_forwards
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.media.paste import Paste, Region
 from joyavatar_core.policy import POLICIES, changed, policy, with_steps
-
-from .helpers import audio_tokens, small_rollout
 
 GEOMETRY = Geometry(64, 32, spatial=16)
 
@@ -45,30 +41,16 @@ def test_cache_bytes_are_those_of_the_cache() -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@torch.no_grad()
-def test_costs_of_every_policy_are_what_its_forwards_see(name: str) -> None:
-    """Queries and keys counted in the first layer's self-attention, bytes in the state, from the start to the end."""
-    seen: list[Forward] = []
-
-    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        seen.append(Forward(q.shape[1], k.shape[1]))
-        return sdpa(q, k, v, mask)
-
-    rollout, blocks = small_rollout(POLICIES[name], dtype=torch.float32), 12
-    rollout.model.blocks[0].self_attn.attention = spy
-    state, config, policy, geometry = rollout.start(), rollout.model.config, rollout.policy, rollout.geometry
-    told = {w: cost for span, cost in window_costs(config, policy, geometry, blocks) for w in span}
-    assert list(told) == list(range(policy.num_windows(blocks)))
-    for window in told:
-        if window < blocks:
-            state.audio[window] = audio_tokens(window, len(geometry.latents_of_block(window)))
-        seen.clear()
-        rollout.run_window(state, blocks)
-        assert seen == list(told[window]) == list(window_forwards(config, policy, geometry, window, blocks))
-    held = [t for cache in state.caches for t in (cache.keys, cache.values)] + list(state.reference or ())
-    assert cache_bytes(config, policy, geometry, 4) == sum(t.numel() * t.element_size() for t in held)
-    lines = list(cost_lines(config, policy, geometry, 1000, 4))
-    assert len(lines) < 24 and lines[-1].startswith(f"  K/V: {cache_bytes(config, policy, geometry, 4) / 2**20:,.1f}")
+@pytest.mark.parametrize("blocks", [1, 2, 5, 12, 1000])
+def test_costs_that_are_told_are_those_of_every_window(name: str, blocks: int) -> None:
+    """test_live_avatar.py:test_costs_are_those_of_the_run holds those of a window to the run."""
+    chosen, config = policy(name), MODELS["tiny"]
+    geometry = replace(GEOMETRY, **chosen.block_sizes)
+    told = {w: cost for span, cost in window_costs(config, chosen, geometry, blocks) for w in span}
+    windows = range(chosen.num_windows(blocks))
+    assert told == {w: window_forwards(config, chosen, geometry, w, blocks) for w in windows}
+    lines = list(cost_lines(config, chosen, geometry, blocks, 4))
+    assert len(lines) < 24 and lines[-1].startswith(f"  K/V: {cache_bytes(config, chosen, geometry, 4) / 2**20:,.1f}")
 
 
 def test_an_hour_needs_no_more_memory_than_a_second() -> None:

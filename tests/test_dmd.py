@@ -130,6 +130,22 @@ def test_guidance_goes_from_deaf_to_hearing(files: tuple[Path, Path], tmp_path: 
         assert torch.allclose(dmd.clean(state.real, x_t, timesteps, inputs, 4), deaf + 4 * (heard - deaf), atol=1e-4)
 
 
+def test_guidance_about_the_mouth_and_elsewhere(tmp_path: Path, files: tuple[Path, Path]):
+    """A clip's cells have the one or the other, by their share of mouth; so has what the real score sees."""
+    state = distillation(tmp_path, files, guidance=3.0, guidance_elsewhere=1.0)
+    given = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe)
+    assert given.lips is not None
+    each = state._guidance(given)
+    assert isinstance(each, Tensor) and each.shape == (2, 1, 6, *given.weights.shape[2:])
+    assert torch.equal(each[:, 0], 1 + 2 * given.lips.mouth)
+    with torch.no_grad():
+        x_t, timesteps = torch.randn(2, 16, *each.shape[2:]), torch.tensor([700.0, 300.0])
+        mixed, plain, far = (dmd.clean(state.real, x_t, timesteps, given.inputs, g) for g in (each, 1.0, 3.0))
+    assert torch.allclose(mixed, plain + given.lips.mouth[:, None] * (far - plain), atol=1e-4)
+    whole = distillation(tmp_path, files, guidance=3.0)
+    assert whole._guidance(given) == 3.0
+
+
 # Clips for the scores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -285,6 +286,18 @@ def test_another_program_can_stop_it(tmp_path: Path) -> None:
         follow(words(tmp_path, "long.mp4", "--gpus", "2", "--child", str(asked(tmp_path))), lambda: None, stop)
     assert 9 <= len(video_of(tmp_path / "long.cancelled.mp4")) < 320
     assert not list(tmp_path.glob("*.part.mp4")) and not (tmp_path / "long.mp4").exists()
+
+
+def aborts_when_done(member: Member) -> int:
+    """A library of rank 0 aborts the process as it closes its connections."""
+    if member.rank == 0:
+        dist.destroy_process_group = os.abort
+    return member.rank
+
+
+def test_who_is_done_may_end_as_it_likes(caplog: pytest.LogCaptureFixture) -> None:
+    assert launch(aborts_when_done, 2) == [0, 1]
+    assert "rank 0 had done its part, then ended with status -6" in caplog.text
 
 
 def refuses(member: Member) -> None:

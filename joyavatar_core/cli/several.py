@@ -101,7 +101,11 @@ def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
 
 def _left(output: Path, started: float) -> str:
     """Which file holds what was made."""
-    for path in (cancelled_path(output), part_path(output)):
+    for path, what in (
+        (cancelled_path(output), "plays, with the frames so far"),
+        (part_path(output), "plays, with the frames so far"),
+        (output, "is complete"),
+    ):
         if path.exists() and path.stat().st_mtime >= started - 1:
-            return f"{path.name} plays, with the frames so far"
+            return f"{path.name} {what}"
     return "no frame was made"

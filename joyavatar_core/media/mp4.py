@@ -260,13 +260,15 @@ def _configure_video(context: VideoCodecContext, layout: Layout) -> None:
     context.color_primaries = context.color_trc = context.colorspace = 1  # bt709
     context.color_range = 1  # limited
     context.flags |= _GLOBAL_HEADER
-    # one key frame a segment, nothing that looks past it, and one thread, so that equal frames give equal bytes
+    # one key frame a segment, nothing that looks past it, and one thread, so that equal frames give equal bytes. No
+    # macroblock tree: x264's vector code for it is not repeatable while other threads work (one segment in 150)
     context.options = {
         "crf": str(layout.crf),
         "preset": layout.preset,
         "bf": "0",
         "g": "1000000",
         "sc_threshold": "0",
+        "mbtree": "0",
         "threads": "1",
     }
 

@@ -7,6 +7,7 @@ finishes the file with the frames so far. Who does not end by itself is ended af
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -38,13 +39,20 @@ Work = Callable[[Member], Any]
 
 @dataclass
 class _Child:
-    """A process as its parent sees it. said: ("done", result) or ("failed", error in words)."""
+    """A process as its parent sees it. said: ("done", result) or ("failed", error in words).
+
+    Who has said that it is done has done its part, however it ends: libraries may abort a process at its very end.
+    """
 
     rank: int
     process: BaseProcess
     ear: Connection
     said: tuple[str, Any] | None = None
     ended: bool = field(default=False)  # by the parent
+
+    @property
+    def done(self) -> bool:
+        return self.said is not None and self.said[0] == "done"
 
     def listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -90,7 +98,7 @@ def _start(work: Work, member: Member, port: int) -> _Child:
 
 def _watch(children: list[_Child], poll: Callable[[], None]) -> _Child | None:
     """Until all have ended well (None), or one has not (that one)."""
-    left = list(children)
+    left, odd = list(children), []
     while left:
         poll()
         connection.wait([c.process.sentinel for c in left] + [c.ear for c in left if c.said is None], timeout=0.2)
@@ -98,9 +106,13 @@ def _watch(children: list[_Child], poll: Callable[[], None]) -> _Child | None:
             child.listen()
         codes = [(c, c.process.exitcode) for c in left]  # read once: it may change at any moment
         left = [c for c, code in codes if code is None]
-        bad = [c for c, code in codes if code]
-        if bad:
-            return _culprit(bad, left)
+        odd += [c for c, code in codes if code]
+        for child in odd:
+            child.listen()  # to its last word
+        if not all(c.done for c in odd):
+            return _culprit(odd, left)
+    for child in odd:
+        logger.warning("rank %d had done its part, then ended with status %s", child.rank, child.process.exitcode)
     return None
 
 
@@ -154,6 +166,7 @@ def _join(children: list[_Child], seconds: float) -> None:
 
 
 def _rank(work: Work, member: Member, port: int, mouth: Connection) -> None:
+    faulthandler.enable()  # a rank that aborts says where
     interruptible()
     threading.Thread(target=_follow_parent, daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
@@ -161,6 +174,7 @@ def _rank(work: Work, member: Member, port: int, mouth: Connection) -> None:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=MEETING)  # pyright: ignore[reportPrivateImportUsage]
         with met(member, store):
             mouth.send(("done", work(member)))
+        _leave(0)  # what libraries do at a process's end has aborted a finished run
     except RankLostError as error:
         logger.info("%s", error)
         _leave(_LOST)

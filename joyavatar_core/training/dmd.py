@@ -50,6 +50,7 @@ class Recipe(flow_matching.Recipe):
     learning_rate, critic_rate: of generator and critic (paper: 2e-6 and 4e-7 at 64 clips a step).
     critic_steps: steps of the critic for each of the generator.
     guidance: how far the real score goes from deaf to hearing, 1: not beyond (Self-Forcing's 3 in this convention: 4).
+    guidance_elsewhere: the same away from the mouth, if not None: what guidance does for lips it overdoes for lids.
     latents: what the scores see of a rollout: its last latents. odds: of the kinds of rollouts.
     history: level at which the auxiliary branch keeps keys and values (`self_forcing.roll_out`). block_by_block: the
     gradient of one forward at a time (Live Avatar, algorithm 2): less memory, more forwards of the scores.
@@ -65,6 +66,7 @@ class Recipe(flow_matching.Recipe):
     average: float = 0.99
     critic_steps: int = 5
     guidance: float = 4.0
+    guidance_elsewhere: float | None = None
     latents: int = 21
     odds: Odds = field(default_factory=Odds)
     history: History = "policy"
@@ -109,7 +111,9 @@ class Generated:
 # Scores
 
 
-def clean(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float = 1.0) -> Tensor:
+def clean(
+    model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float | Tensor = 1.0
+) -> Tensor:
     """Clean latents [B, C, F, h, w] that a bidirectional model sees in noised clips x_t at timesteps [B]."""
     each = timesteps[:, None].expand(-1, x_t.shape[2])
     return flow.to_x0(x_t, guided(model, x_t, each, inputs, guidance), each)
@@ -222,8 +226,15 @@ class Training(flow_matching.Training[Recipe]):
         timesteps, noise = self._noise(made, "scores")
         x = made.latents.detach()
         x_t = flow.add_noise(x, noise, timesteps[:, None].expand(-1, x.shape[2]))
-        real = clean(self.real, x_t, timesteps, made.given.inputs, self.recipe.guidance)
+        real = clean(self.real, x_t, timesteps, made.given.inputs, self._guidance(made.given))
         return distribution_gradient(x, real, clean(self.critic.model, x_t, timesteps, made.given.inputs))
+
+    def _guidance(self, given: Given) -> float | Tensor:
+        """Of the real score: one number, or one for each cell, [B, 1, F, h, w]."""
+        mouth, elsewhere = self.recipe.guidance, self.recipe.guidance_elsewhere
+        if elsewhere is None or given.lips is None:
+            return mouth
+        return elsewhere + (mouth - elsewhere) * given.lips.mouth[:, None]
 
     def _noise(self, made: Generated, purpose: str) -> tuple[Tensor, Tensor]:
         """Timesteps [B] and noise for a score: a function of the step, the process and the purpose."""
@@ -346,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--critic-rate", type=float)
     parser.add_argument("--critic-steps", type=int)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance-elsewhere", type=float, help="the same away from the mouth")
     parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     parser.add_argument("--new-speech", type=float, metavar="SHARE", help="of steps with speech made for them")
     parser.add_argument("--history", choices=("policy", "clean", "exit"))

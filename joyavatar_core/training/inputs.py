@@ -70,10 +70,13 @@ def velocity(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs
     return model(x, timesteps, range(frames), condition.kv, audio, None, mask)[0]
 
 
-def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float) -> Tensor:
-    """Velocity under classifier-free guidance: away from silence and the negative prompt. timesteps [B, F]."""
+def guided(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, guidance: float | Tensor) -> Tensor:
+    """Velocity under classifier-free guidance: away from silence and the negative prompt. timesteps [B, F].
+
+    guidance: one number, or one for each cell, [B, 1, F, h, w].
+    """
     told = velocity(model, x_t, timesteps, inputs)
-    if guidance == 1:
+    if not isinstance(guidance, Tensor) and guidance == 1:
         return told
     untold = velocity(model, x_t, timesteps, inputs.untold())
     return untold + guidance * (told - untold)

@@ -5,6 +5,7 @@ Shape legend: B batch, L tokens, F latent frames, D dim, n heads, d head dimensi
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from joyavatar_core.bench.trace import flops, moved_bytes
 from joyavatar_core.cache import EVERY
 from joyavatar_core.config import MODELS, ModelConfig
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.kernels import compiled_kernels
 from joyavatar_core.model import Past, SelfAttention, Table, _gated, _modulate_sum, modulate
 from joyavatar_core.policy import RolloutPolicy
 from joyavatar_core.rope import rotary_table, rotate
@@ -123,6 +125,31 @@ def test_a_forward_by_kernels_is_the_eager_one() -> None:
         made = whole("always", torch.float32)
     for fused, eager in zip(made, whole("never", torch.float32), strict=True):
         assert (fused - eager).abs().max() < 1e-5 * eager.abs().max()
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_forward_by_compiled_kernels_is_the_eager_one() -> None:
+    """Whoever has no Triton: the same operators by torch.compile, on this CPU."""
+    with torch.inference_mode():
+        made = whole("compiled", torch.float32)
+    for fused, eager in zip(made, whole("never", torch.float32), strict=True):
+        assert (fused - eager).abs().max() < 1e-5 * eager.abs().max()
+    assert kernels.fused(torch.device("cpu"), "compiled") and not kernels.fused(torch.device("cpu"), "auto")
+
+
+def test_without_a_compiler_the_eager_code_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def no_compiler(plain: object) -> None:
+        raise RuntimeError("no C++ compiler was found\nand a long story")
+
+    monkeypatch.setattr(compiled_kernels, "_compiled", no_compiler)
+    kernels.compiles.cache_clear()
+    try:
+        with torch.inference_mode():
+            made = whole("compiled", torch.float32)
+        assert "torch.compile does not work here (no C++ compiler was found): the eager code runs" in caplog.text
+        assert all(torch.equal(a, b) for a, b in zip(made, whole("never", torch.float32), strict=True))
+    finally:
+        kernels.compiles.cache_clear()
 
 
 def test_kernels_are_for_cuda_without_gradient() -> None:

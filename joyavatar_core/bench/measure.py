@@ -76,7 +76,7 @@ def _against(setup: Setup, ceilings: Ceilings, taken: float) -> Figures:
     """What the steady window costs by its shapes, and its time at the ceilings beside the time taken."""
     avatar = setup.avatar
     settled, cuda = avatar.autoencoder.settled_latents, avatar.device.type == "cuda"
-    fused = kernels.available(avatar.device) and avatar.fast.kernels != "never"
+    fused = kernels.fused(avatar.device, avatar.fast.kernels)
     cost = model_cost(avatar.model.config, setup.policy, setup.geometry, avatar.dtype, settled, cuda, fused)
     predicted = ceilings.seconds(cost.work)
     products = predicted["linear"] + predicted["attention"]

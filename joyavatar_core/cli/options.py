@@ -121,7 +121,10 @@ def add_fast(parser: argparse.ArgumentParser) -> None:
         "--fp8", choices=("linear", "kv", "both"), help="eight bits for products, kept keys and values, both"
     )
     p.add_argument(
-        "--kernels", choices=("auto", "never"), default="auto", help="Triton's, where they work (%(default)s)"
+        "--kernels",
+        choices=("auto", "compiled", "never"),
+        default="auto",
+        help="auto: Triton's on a GPU, where they work (default); compiled: torch.compile's, on any device",
     )
 
 

@@ -1,6 +1,7 @@
 """Several small operations of the transformer as one, in Triton: what only moves numbers then moves them once.
 
 Where they are taken is decided by the tensors (`take`): CUDA, half or single precision, no gradient, and Triton there.
+Where there is no Triton, torch.compile can make them (`compiled_kernels`), if that is asked for.
 Everywhere else the caller's own torch code runs, which is what these are tested against. All arithmetic is in float32
 and rounded once, at the end.
 
@@ -16,6 +17,7 @@ from contextvars import ContextVar
 from functools import lru_cache
 from importlib.util import find_spec
 from subprocess import SubprocessError
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -23,15 +25,16 @@ from torch import Tensor
 
 _LOG = logging.getLogger(__name__)
 
-Use = Literal["auto", "always", "never"]
+Use = Literal["auto", "compiled", "always", "never"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _use: ContextVar[Use] = ContextVar("use of kernels", default="auto")
 
 
 @contextmanager
 def using(use: Use) -> Iterator[None]:
-    """Inside: "auto" takes kernels where they fit, "never" nowhere, "always" wherever there is no gradient: on meta
-    tensors, to count what they move, and in Triton's interpreter (TRITON_INTERPRET=1, before the first one runs).
+    """Inside: "auto" takes kernels where they fit, "compiled" those of torch.compile on any device it works on, "never"
+    nowhere, "always" wherever there is no gradient: on meta tensors, to count what they move, and in Triton's
+    interpreter (TRITON_INTERPRET=1, before the first one runs).
     """
     before = _use.set(use)
     try:
@@ -46,7 +49,11 @@ def take(*tensors: Tensor) -> bool:
     if use == "never" or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         return False
     fit = all(t.dtype in DTYPES for t in tensors)
-    return fit and (use == "always" or (all(t.is_cuda for t in tensors) and available(tensors[0].device)))
+    if not fit or use == "always":
+        return fit
+    if use == "compiled":
+        return compiles(tensors[0].device)
+    return all(t.is_cuda for t in tensors) and available(tensors[0].device)
 
 
 @lru_cache(maxsize=8)
@@ -56,12 +63,38 @@ def available(device: torch.device) -> bool:
         return False
     from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
 
+    return _works(device, "Triton's kernels do", TritonError)
+
+
+@lru_cache(maxsize=8)
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works on a device: it is tried, for on a CPU it needs a C++ compiler."""
+    with using("compiled"):
+        return device.type != "meta" and _works(device, "torch.compile does")
+
+
+def fused(device: torch.device, use: Use) -> bool:
+    """Whether kernels of either making run on a device under `use`."""
+    return compiles(device) if use == "compiled" else use != "never" and available(device)
+
+
+def _works(device: torch.device, who: str, *errors: type[Exception]) -> bool:
+    """Whether a kernel runs there and is right; a warning with the reason where it is not."""
     x, y, gate = (torch.full((1, 1, *more, 16), 2.0, device=device) for more in ((), (), (1,)))
     try:
         return bool((gated(x, y, gate) == 6).all())
-    except (TritonError, RuntimeError, OSError, ImportError, SubprocessError) as error:
-        _LOG.warning("Triton's kernels do not work here (%s): the eager code runs instead", str(error).split("\n")[0])
+    except (*errors, RuntimeError, OSError, ImportError, SubprocessError) as error:
+        _LOG.warning("%s not work here (%s): the eager code runs instead", who, str(error).split("\n")[0])
         return False
+
+
+def _launchers() -> ModuleType:
+    """Where the operators are made."""
+    if _use.get() == "compiled":
+        from . import compiled_kernels as made
+    else:
+        from . import triton_kernels as made
+    return made
 
 
 def _op(name: str, schema: str, changed: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
@@ -72,25 +105,19 @@ def _op(name: str, schema: str, changed: tuple[str, ...] = ()) -> Callable[[Call
 @_op("modulated_norm", "(Tensor x, Tensor shift, Tensor scale, float eps) -> Tensor")
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """LayerNorm without affine, times 1 + scale, plus shift: x [B, L, D], shift and scale [B, F, 1, D]."""
-    from .triton_kernels import launch_modulated_norm
-
-    return launch_modulated_norm(x, None, shift, scale, eps)[1]
+    return _launchers().launch_modulated_norm(x, None, shift, scale, eps)[1]
 
 
 @_op("added_modulated_norm", "(Tensor x, Tensor y, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)")
 def added_modulated_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + y, and `modulated_norm` of it; y [B, L, D]."""
-    from .triton_kernels import launch_modulated_norm
-
-    return launch_modulated_norm(x, y, shift, scale, eps)
+    return _launchers().launch_modulated_norm(x, y, shift, scale, eps)
 
 
 @_op("gated", "(Tensor x, Tensor y, Tensor gate) -> Tensor")
 def gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + gate * y: x and y [B, L, D], gate [B, F, 1, D]."""
-    from .triton_kernels import launch_gated
-
-    return launch_gated(x, y, gate)
+    return _launchers().launch_gated(x, y, gate)
 
 
 @_op(
@@ -107,9 +134,7 @@ def turn_into(
     (its heads contiguous) gets what is turned; kept [B, K, n, d], contiguous, what is normalised only of the tokens
     from `first` on.
     """
-    from .triton_kernels import launch_turn
-
-    launch_turn(x, weight, eps, table, out, kept, first)
+    _launchers().launch_turn(x, weight, eps, table, out, kept, first)
 
 
 @modulated_norm.register_fake

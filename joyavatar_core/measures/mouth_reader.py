@@ -37,7 +37,7 @@ class Crop:
     density: float
 
 
-MOUTH_CROP = Crop(48, 56, 52.0)
+MOUTH_CROP = Crop(72, 84, 78.0)  # a row of teeth behind lips hardly open is a pixel or two high
 EYES_CROP = Crop(28, 60, 40.0)
 
 
@@ -108,20 +108,22 @@ class Locator(nn.Module):
 
 
 class CropReader(nn.Module):
-    """Crops [T, 3, h, w] of one person -> features -> outputs."""
+    """Crops [T, 3, h, w] of one person -> features -> outputs. stride: of the first layer."""
 
     def __init__(
-        self, crop: Crop, widths: tuple[int, int, int, int], features: int, outputs: int, ops: Any = nn
+        self, crop: Crop, stride: int, widths: tuple[int, int, int, int], features: int, outputs: int, ops: Any = nn
     ) -> None:
         super().__init__()
         first, second, third, last = widths
+        cells = last * -(-crop.rows // (4 * stride)) * -(-crop.columns // (4 * stride))
         self.layers = nn.Sequential(
-            *(ops.Conv2d(3, first, 3, 2, 1), nn.ReLU(), ops.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
+            *(ops.Conv2d(3, first, 2 * stride - 1, stride, 1), nn.ReLU()),
+            *(ops.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
             *(ops.Conv2d(second, third, 3, 2, 1), nn.ReLU(), ops.Conv2d(third, third, 3, 1, 1), nn.ReLU()),
             ops.Conv2d(third, last, 1),
             nn.ReLU(),
             nn.Flatten(),
-            ops.Linear(last * -(-crop.rows // 8) * -(-crop.columns // 8), features),
+            ops.Linear(cells, features),
         )
         self.person = nn.Sequential(nn.ReLU(), ops.Linear(features, features), nn.ReLU())
         self.head = nn.Sequential(
@@ -146,8 +148,8 @@ class MouthReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.locator = Locator()
-        self.mouth = CropReader(MOUTH_CROP, (24, 48, 64, 18), 50, 5)  # open, wide, teeth, dx, dy
-        self.eyes = CropReader(EYES_CROP, (16, 32, 40, 18), 40, 3)  # blink, dx, dy
+        self.mouth = CropReader(MOUTH_CROP, 3, (32, 48, 64, 18), 50, 5)  # open, wide, teeth, dx, dy
+        self.eyes = CropReader(EYES_CROP, 2, (16, 32, 40, 18), 40, 3)  # blink, dx, dy
 
     @torch.no_grad()
     def read(self, video: Tensor) -> Reading:

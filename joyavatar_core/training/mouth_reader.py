@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 QUANTITIES = ("open", "wide", "teeth", "blink")
 _FRAMES = 8  # of a clip
-_FACE = Crop(120, 112, 60.0)  # what the pool keeps of a frame, upright
+_FACE = Crop(168, 156, 84.0)  # what the pool keeps of a frame, upright
 _SCALES = torch.tensor([0.25, 0.5, 0.25, 0.08, 0.08])  # deviations: open, wide, teeth, and the two offsets
 _EYE_SCALES = torch.tensor([0.3, 0.08, 0.08])
 _OFFSET_WEIGHT = 0.15

@@ -261,7 +261,7 @@ def _configure_video(context: VideoCodecContext, layout: Layout) -> None:
     context.color_range = 1  # limited
     context.flags |= _GLOBAL_HEADER
     # one key frame a segment, nothing that looks past it, and one thread, so that equal frames give equal bytes. No
-    # macroblock tree: x264's vector code for it is not repeatable while other threads work (one segment in 150)
+    # macroblock tree: x264's vector code for it is not repeatable while other threads work
     context.options = {
         "crf": str(layout.crf),
         "preset": layout.preset,

@@ -101,11 +101,7 @@ def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
 
 def _left(output: Path, started: float) -> str:
     """Which file holds what was made."""
-    for path, what in (
-        (cancelled_path(output), "plays, with the frames so far"),
-        (part_path(output), "plays, with the frames so far"),
-        (output, "is complete"),
-    ):
+    for path in (cancelled_path(output), part_path(output), output):
         if path.exists() and path.stat().st_mtime >= started - 1:
-            return f"{path.name} {what}"
+            return f"{path.name} {'is complete' if path == output else 'plays, with the frames so far'}"
     return "no frame was made"

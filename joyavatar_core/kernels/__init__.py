@@ -51,9 +51,8 @@ def take(*tensors: Tensor) -> bool:
     fit = all(t.dtype in DTYPES for t in tensors)
     if not fit or use == "always":
         return fit
-    if use == "compiled":
-        return compiles(tensors[0].device)
-    return all(t.is_cuda for t in tensors) and available(tensors[0].device)
+    device = tensors[0].device
+    return all(t.device == device for t in tensors) and fused(device, use)
 
 
 @lru_cache(maxsize=8)

@@ -41,20 +41,21 @@ def launch_turn(
     x: Tensor, weight: Tensor | None, eps: float, table: Tensor, out: Tensor, kept: Tensor | None, first: int
 ) -> None:
     """See kernels.turn_into."""
-    _compiled(_turn)(x, weight, eps, table, out)
-    if kept is not None:
-        part = x[:, first : first + kept.shape[1]]
-        kept.copy_((part if weight is None else _compiled(_root_norm)(part, weight, eps)).unflatten(-1, kept.shape[2:]))
+    _compiled(_turn)(x, weight, eps, table, out, kept, first)
 
 
 def _norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    wide = F.layer_norm(x.float(), x.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
-    return (wide * (1 + scale.float()) + shift.float()).flatten(1, 2).to(x.dtype)
+    return _modulated(x.float(), shift, scale, eps).to(x.dtype)
 
 
 def _add_and_norm(x: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + y
-    return total, _norm(total, shift, scale, eps)
+    total = x.float() + y.float()
+    return total.to(x.dtype), _modulated(total, shift, scale, eps).to(x.dtype)
+
+
+def _modulated(wide: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    normed = F.layer_norm(wide, wide.shape[-1:], eps=eps).unflatten(1, (shift.shape[1], -1))
+    return (normed * (1 + scale.float()) + shift.float()).flatten(1, 2)
 
 
 def _gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -63,14 +64,15 @@ def _gate(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return wide.flatten(1, 2).to(x.dtype)
 
 
-def _root_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _turn(
+    x: Tensor, weight: Tensor | None, eps: float, table: Tensor, out: Tensor, kept: Tensor | None, first: int
+) -> None:
     wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
-
-
-def _turn(x: Tensor, weight: Tensor | None, eps: float, table: Tensor, out: Tensor) -> None:
-    """RMSNorm where there is a weight, then pairs turned by table [L, d / 2, 2], into out [B, L, n, d]."""
-    wide = (x if weight is None else _root_norm(x, weight, eps)).float()
-    even, odd = wide.unflatten(-1, (out.shape[2], -1, 2)).unbind(-1)  # [B, L, n, d / 2]
+    if weight is not None:
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()
+    wide = wide.unflatten(-1, out.shape[2:])  # [B, L, n, d]
+    if kept is not None:
+        kept.copy_(wide[:, first : first + kept.shape[1]])
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)  # [B, L, n, d / 2]
     cos, sin = (table[:, None, :, i] for i in (0, 1))
-    out.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype))
+    out.copy_(torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2))

@@ -63,9 +63,10 @@ class ReferenceNode(io.ComfyNode):
                 io.Image.Input("image", tooltip="The person. Any picture will do; a face that looks at you is best."),
                 io.Combo.Input(
                     "fit",
-                    options=["crop", "pad", "region"],
-                    tooltip="crop fills the size and cuts the sides off, pad shows the whole picture, region takes the "
-                    "rectangle given below (for Paste Back).",
+                    options=["close-up", "crop", "pad", "region"],
+                    tooltip="crop fills the size and cuts the sides off, close-up does so too but makes a small drawn "
+                    "face at full size and lays it back (embedded model), pad shows the whole picture, region takes "
+                    "the rectangle given below (for Paste Back).",
                 ),
                 io.Combo.Input(
                     "size",

@@ -391,7 +391,8 @@ def _settings(frames: FramePlan) -> dict[str, str]:
     return {
         "seed": str(plan.seed),
         "model": plan.model.name,
-        "size": f"{plan.geometry.width}x{plan.geometry.height}",
+        "size": "{}x{}".format(*plan.view.size),
+        "close_up": str(plan.view.paste.region) if plan.view.paste else "",
         "policy": json.dumps(asdict(plan.policy)),
         "seconds": f"{float(plan.voice.duration):.3f}",
         "paste_back": "" if frames.feather is None else f"{frames.feather:g}",

@@ -35,7 +35,7 @@ def check(frames: FramePlan) -> None:
     stored = {p.dtype for p in model.patcher.model.parameters()}
     if model.name.endswith(".gguf") or not stored <= DTYPES.keys():
         raise ValueError(f"gpus: {model.name} is in fp8 or GGUF, the processes take bf16, fp16 or fp32: set gpus to 1")
-    if frames.paste:
+    if frames.feather is not None:
         raise ValueError("gpus: Paste Back works in ComfyUI's process only: connect Stream Decode, or set gpus to 1")
     if plan.voice.encoder is not None and plan.voice.history != Voice.history:
         raise ValueError(f"gpus: history must be {Voice.history:g} s with several processes: set it so, or gpus to 1")
@@ -74,8 +74,8 @@ def _words(frames: FramePlan, folder: Path) -> list[str]:
     """The stream in the command line's words; tensors go into files of the folder."""
     from PIL import Image
 
-    plan, size = frames.latents, frames.latents.geometry
-    Image.fromarray(plan.picture).save(folder / "picture.png")
+    plan, (width, height) = frames.latents, frames.latents.view.size
+    Image.fromarray(plan.reference.seen).save(folder / "picture.png")
     wavfile = require("scipy.io.wavfile", "handing sound to other processes")
     wavfile.write(folder / "voice.wav", plan.voice.rate, plan.voice.samples.float().T.contiguous().numpy())
     device = "cpu" if host.device_of(plan.model.patcher).type == "cpu" else "cuda"
@@ -83,7 +83,9 @@ def _words(frames: FramePlan, folder: Path) -> list[str]:
         "image": folder / "picture.png",
         "audio": folder / "voice.wav",
         "model": "tiny" if plan.model.name == host.EMBEDDED else host.transformer_path(plan.model.name),
-        "size": f"{size.width}x{size.height}",
+        "size": f"{width}x{height}",
+        "fit": plan.reference.core_fit,
+        "close-up": "auto" if plan.reference.fit == "close-up" else "never",
         "seed": plan.seed,
         "device": device,
         "dtype": DTYPES[plan.model.dtype],

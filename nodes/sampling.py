@@ -199,7 +199,7 @@ class PasteBack(io.ComfyNode):
             search_aliases=["composite", "uncrop", "stitch", "face region"],
             inputs=[
                 Frames.Input(
-                    "frames", tooltip="From JoyAvatar Stream Decode; its Reference must crop or take a region."
+                    "frames", tooltip="From JoyAvatar Stream Decode; the fit of its Reference must not be pad."
                 ),
                 io.Int.Input(
                     "feather",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ from ..joyavatar_core.stream import AvatarStream, LatentBlock, spoken
 from . import host
 from .host import HostAutoencoder, HostModel
 
+if TYPE_CHECKING:
+    from ..joyavatar_core.view import View
+
 PIECE_SECONDS = 1
 FULL_SIZES = ((512, 512), (480, 832), (832, 480))
 LIVE_AVATAR_SIZES = ((704, 384), (384, 704))
@@ -48,7 +51,8 @@ HINT = "lower the size, local_blocks or steps, choose dtype fp8, or start ComfyU
 class Reference:
     """Who speaks: a picture, how it is to be fitted, and what the encoders say of it.
 
-    picture: uint8 [H, W, 3]. fit: crop, pad or region. size: (width, height), None for the one nearest in shape.
+    picture: uint8 [H, W, 3]. fit: crop, pad, region, or close-up: as crop, but a small drawn face is taken closer and
+    laid back (joyavatar_core/view.py). size: (width, height), None for the one nearest in shape.
     region: x, y, width, height in the picture's pixels; the rest is only seen again by Paste Back.
     """
 
@@ -67,18 +71,25 @@ class Reference:
         x, y, width, height = self.region
         return self.picture[y : y + height, x : x + width]
 
-    def fitted(self, width: int, height: int) -> np.ndarray:
-        """uint8 [height, width, 3]."""
-        from ..joyavatar_core.media.picture import fit_picture
+    def view(self, whole: Geometry, closer: Geometry | None) -> View:
+        """How it becomes a video of the geometry `whole`, or, as a close-up, of `closer`, if the model has one."""
+        from ..joyavatar_core.view import view_of
 
-        return fit_picture(self.seen, width, height, "pad" if self.fit == "pad" else "crop")
+        return view_of(self.seen, whole, closer if self.fit == "close-up" else None, self.core_fit)
+
+    @property
+    def core_fit(self) -> Literal["crop", "pad"]:
+        """What the core calls it."""
+        return "pad" if self.fit == "pad" else "crop"
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(x, y, width, height) of the whole picture that `fitted` shows. ValueError where it shows more than that."""
+        """(x, y, width, height) of what a video of this size shows of the picture. ValueError where it shows more."""
         from ..joyavatar_core.media.picture import crop_box
 
         if self.fit == "pad":
-            raise ValueError("Paste Back needs a Reference that cuts a part out: set its fit to crop or region")
+            raise ValueError(
+                "Paste Back needs a Reference that cuts a part out: set its fit to crop, close-up or region"
+            )
         x, y, w, h = crop_box(self.seen.shape[1], self.seen.shape[0], width, height)
         left, top = self.region[:2] if self.region else (0, 0)
         return left + x, top + y, w, h
@@ -124,10 +135,26 @@ class LatentPlan:
             raise ValueError(f"{self.model.name} has no autoencoder: connect Load VAE to the Reference's vae")
         return own
 
-    @cached_property
+    @property
     def geometry(self) -> Geometry:
-        """Raises ValueError, naming the sizes that fit, for one that does not."""
-        width, height = self.reference.size or self._nearest_size()
+        """Of what the model makes. Raises ValueError, naming the sizes that fit, for one that does not."""
+        return self.view.geometry
+
+    @property
+    def picture(self) -> np.ndarray:
+        """uint8 [H, W, 3] as the model sees it."""
+        return self.view.picture
+
+    @cached_property
+    def view(self) -> View:
+        """What of the picture the model makes, and how that becomes the video."""
+        from ..joyavatar_core.view import needs_close_ups
+
+        whole = self._geometry(*(self.reference.size or self._nearest_size()))
+        closer = self._geometry(*EMBEDDED_SIZES[0]) if needs_close_ups(self.model.config) else None
+        return self.reference.view(whole, closer)
+
+    def _geometry(self, width: int, height: int) -> Geometry:
         return Geometry(
             width,
             height,
@@ -143,11 +170,6 @@ class LatentPlan:
         if self.model.config.s2v:
             sizes = (FULL_SIZES[0], *LIVE_AVATAR_SIZES)
         return min(sizes, key=lambda size: abs(np.log(columns / rows) - np.log(size[0] / size[1])))
-
-    @cached_property
-    def picture(self) -> np.ndarray:
-        """uint8 [H, W, 3] as the model sees it."""
-        return self.reference.fitted(self.geometry.width, self.geometry.height)
 
     def estimate(self) -> Estimate:
         return estimate(
@@ -245,7 +267,10 @@ def _check_width(name: str, channels: int, audio: AudioConfig, remedy: str) -> N
 
 @dataclass(frozen=True)
 class FramePlan:
-    """A stream of pixel frames, not yet run. feather: see media.paste.Paste; None: nothing is pasted back."""
+    """A stream of pixel frames, not yet run.
+
+    feather: of Paste Back, which makes the frames those of the whole picture (media.paste.Paste); None: there is none.
+    """
 
     latents: LatentPlan
     decoder: HostAutoencoder
@@ -253,13 +278,16 @@ class FramePlan:
 
     @cached_property
     def paste(self) -> Any:
-        """The Paste, or None."""
+        """The Paste, or None: Paste Back's, or that of a close-up."""
+        view, reference = self.latents.view, self.latents.reference
         if self.feather is None:
-            return None
+            return view.paste
         from ..joyavatar_core.media.paste import Paste, Region
 
-        geometry, reference = self.latents.geometry, self.latents.reference
-        return Paste(reference.picture, Region(*reference.box(geometry.width, geometry.height)), self.feather)
+        region = Region(*reference.box(*view.size))
+        if view.paste:
+            region = view.paste.region.inside(region, view.size)
+        return Paste(reference.picture, region, self.feather)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -276,22 +304,12 @@ class FramePlan:
 
     def into(self, sink: FrameSink) -> FrameSink:
         """A sink that takes the model's frames and passes on finished ones."""
-        return _Finishing(self, sink) if self.paste else sink
+        from ..joyavatar_core.media.paste import PastingSink
+
+        return PastingSink(self.paste, sink) if self.paste else sink
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Finished frames uint8 [T, H, W, 3] of a fresh run, a block at a time."""
         with self.run() as stream:
             for frames in spoken(stream, self.latents.voice):
                 yield self.finished(to_uint8(frames))
-
-
-@dataclass(frozen=True)
-class _Finishing:
-    plan: FramePlan
-    sink: FrameSink
-
-    def write(self, frames: np.ndarray) -> None:
-        self.sink.write(self.plan.finished(frames))
-
-    def write_audio(self, samples: np.ndarray) -> None:
-        self.sink.write_audio(samples)

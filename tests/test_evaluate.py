@@ -115,7 +115,10 @@ def test_seams_of_the_suite_are_those_of_its_blocks(report: Report) -> None:
 def test_report_is_json_and_says_what_it_rests_on(report: Report) -> None:
     back = json.loads(json.dumps(report.as_json()))
     assert set(back["closures.rate"]) == {"mean", "low", "high", "n", "target", "met"}
-    assert back["about"]["seeds"] == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 100_000]
+    each = back["about"]["clips"]
+    assert [clip["seed"] for clip in each] == [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 100_000]
+    assert back["sync.correlation"]["mean"] == pytest.approx((each[0]["sync"] + each[1]["sync"]) / 2, abs=1e-4)
+    assert all(clip["face"] > 0 for clip in each) and "sync" not in each[2]
     assert set(back["about"]["time_share"]) >= {"draw", "autoencoder", "generate", "read", "baseline"}
     assert sum(back["about"]["time_share"].values()) <= 1.001
     lines = table(report).splitlines()

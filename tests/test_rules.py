@@ -25,7 +25,7 @@ LAYERS = [
     {"rollout", "plain"},
     {"stream"},
     {"avatar", "generate", "measures", "media"},
-    {"retake", "together"},
+    {"retake", "together", "view"},
     {"bench", "multi_gpu"},
     {"cli", "training"},
 ]

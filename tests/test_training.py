@@ -491,3 +491,20 @@ def test_batches_of_close_ups_have_their_size(tmp_path: Path):
     assert {tuple(state.batch().x0.shape[-2:]) for _ in range(3)} == {(4, 4)}
     state.recipe = replace(state.recipe, framing=batches.Framing(0.0))
     assert tuple(state.batch().x0.shape[-2:]) == (8, 12)
+
+
+def test_small_mouths_are_drawn_as_often_as_their_cells_ask(tmp_path: Path):
+    """Two clips of large mouths, one of another size whose mouth is a quarter of theirs: power 1 makes it 4 to 2."""
+    large, small = random_clips(2, (8, 8)), random_clips(1, (8, 12))
+    for part, cells in ((large, 4), (small, 1)):
+        part.mouth.zero_()
+        part.mouth[:, :, 4, :cells] = 1
+    layout = sequences.sample_layout(random.Random(0), policy("joyavatar-flash"), Mixture())
+
+    def share(framing: batches.Framing) -> float:
+        draws = (random.Random(1), random.Random(2))
+        drawn_from = [framing.draw((large, small), layout, 1, (2, 2), draws)[0] for _ in range(600)]
+        return sum(part is small for part in drawn_from) / len(drawn_from)
+
+    assert share(batches.Framing(0.0)) == pytest.approx(1 / 3, abs=0.06)
+    assert share(batches.Framing(0.0, small_mouths=1.0)) == pytest.approx(4 / 6, abs=0.06)

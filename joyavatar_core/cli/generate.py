@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from .. import samples
 from ..avatar import Avatar, Encoded, load_embedded
 from ..generate import FrameSink, Progress, Resume, from_uint8, generate
 from ..geometry import Geometry
-from ..media.picture import fit_picture, read_picture
+from ..media.picture import read_picture
 from ..media.sound import PcmPipe, SoundFile
 from ..media.writer import VideoWriter, checked_path, part_path
 from ..overlap import Overlap
 from ..policy import RolloutPolicy
 from ..stream import AvatarStream
 from ..types import VideoAutoencoder
+from ..view import View, view_for
 from .options import (
     device_of,
     dtype_of,
@@ -101,11 +102,10 @@ def run(args: argparse.Namespace) -> int:
     picture = read_picture(args.image)
     avatar, encoded = system(args, picture)
     policy = policy_of(args, avatar.policy)
-    geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
-    fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
-    stream = avatar.stream(fitted, policy, args.seed, encoded, decoder_of(args, avatar))
-    job = Job(stream, geometry, sound, output, args)
-    progress = job.run(settings_of(args, policy, geometry))
+    view = seen(args, avatar, policy, picture)
+    stream = avatar.stream(from_uint8(view.picture), policy, args.seed, encoded, decoder_of(args, avatar))
+    job = Job(stream, view, sound, output, args)
+    progress = job.run(settings_of(args, policy, view))
     if args.json:
         job.report(Path(args.json), progress)
     return 0
@@ -133,13 +133,18 @@ class Job:
     """One run: where its parts meet while it lasts. cancelled_by, file_options: see VideoWriter."""
 
     stream: AvatarStream
-    geometry: Geometry
+    view: View
     sound: HeardSound
     output: Path
     args: argparse.Namespace
     lags: deque[float] = field(default_factory=lambda: deque(maxlen=10_000))
     cancelled_by: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
     file_options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Of what the model makes."""
+        return self.view.geometry
 
     @property
     def state_path(self) -> Path:
@@ -164,8 +169,8 @@ class Job:
         with contextlib.ExitStack() as stack:
             bar = stack.enter_context(progress_bar())
 
-            def open_sink(frames_done: int) -> VideoWriter:
-                return stack.enter_context(self._writer(frames_done, settings))
+            def open_sink(frames_done: int) -> FrameSink:
+                return self.view.into(stack.enter_context(self._writer(frames_done, settings)))
 
             def tell(progress: Progress) -> None:
                 self._note_lag(progress)
@@ -206,7 +211,7 @@ class Job:
 
     def _writer(self, frames_done: int, settings: dict[str, str]) -> VideoWriter:
         more = {"frames_done": frames_done, "cancelled_by": self.cancelled_by, **self.file_options}
-        return writer_of(self.output, self.geometry, self.sound.source, self.args.fps, settings, **more)
+        return writer_of(self.output, self.view, self.sound.source, self.args.fps, settings, **more)
 
     def _note_lag(self, progress: Progress) -> None:
         """Live input: time from the arrival of a block's last sound to the block's frames being written."""
@@ -220,7 +225,7 @@ class Job:
 
 def writer_of(
     output: Path,
-    geometry: Geometry,
+    view: View,
     source: SoundFile | PcmPipe,
     fps: Fraction | None,
     settings: dict[str, str],
@@ -231,10 +236,10 @@ def writer_of(
 
     more: see VideoWriter.
     """
+    geometry = view.geometry
     return VideoWriter.resume(
         output,
-        geometry.width,
-        geometry.height,
+        *view.size,
         frames_done=frames_done,
         source_fps=geometry.fps,
         output_fps=fps,
@@ -300,13 +305,25 @@ def decoder_of(args: argparse.Namespace, avatar: Avatar) -> VideoAutoencoder | N
     return load_decoder(args.decoder, avatar)
 
 
-def settings_of(args: argparse.Namespace, policy: RolloutPolicy, geometry: Geometry) -> dict[str, str]:
+def seen(args: argparse.Namespace, avatar: Avatar, policy: RolloutPolicy, picture: np.ndarray) -> View:
+    """What of the picture the model makes."""
+    size = size_of(args.size) if args.size else None
+    view = view_for(avatar, policy, picture, size, args.fit, args.close_up == "auto")
+    if view.paste:
+        logger.info("the face is small: made at its own size and laid back at %s", view.paste.region)
+    return view
+
+
+def settings_of(args: argparse.Namespace, policy: RolloutPolicy, view: View) -> dict[str, str]:
     """What the file's metadata says of how it was made."""
+    width, height = view.size
+    close_up = {} if view.paste is None else {"close_up": ",".join(str(n) for n in astuple(view.paste.region))}
     return {
         "seed": str(args.seed),
         "model": ",".join(Path(part).name for part in args.model.split(",")),
         "prompt": args.prompt,
-        "size": f"{geometry.width}x{geometry.height}",
+        "size": f"{width}x{height}",
+        **close_up,
         "policy": json.dumps(asdict(policy)),
     }
 

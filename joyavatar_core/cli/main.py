@@ -89,6 +89,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     full.add_argument("--prompt", default="", help="text prompt")
     p.add_argument("--size", metavar="WxH", help="video size in pixels")
     p.add_argument("--fit", choices=("crop", "pad"), default="crop", help="how the picture meets the size")
+    p.add_argument(
+        "--close-up",
+        choices=("auto", "never"),
+        default="auto",
+        help="take a small drawn face closer, and lay it back into the rest, which stands still (embedded model; auto)",
+    )
     p.add_argument("--fps", type=_fraction, metavar="N", help="output frame rate by retiming, e.g. 24, 25, 30 (native)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

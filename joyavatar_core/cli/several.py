@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..generate import from_uint8
-from ..media.picture import fit_picture, read_picture
+from ..media.picture import read_picture
 from ..media.writer import cancelled_path, checked_path, part_path
 from ..multi_gpu import child, timeline
 from ..multi_gpu.child import Asked
@@ -23,8 +23,8 @@ from ..multi_gpu.members import Member, RankLostError, met, started_by_torchrun
 from ..multi_gpu.run import Plan, RankedRun, ranked_run
 from ..overlap import Overlap
 from ..policy import RolloutPolicy
-from .generate import Job, decoder_of, settings_of, sound_of, system
-from .options import policy_of, size_of
+from .generate import Job, decoder_of, seen, settings_of, sound_of, system
+from .options import policy_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,11 +65,10 @@ def rank(args: argparse.Namespace, member: Member) -> None:
     avatar, encoded = system(args, picture)
     policy = Asked.read(args.child).policy if args.child else policy_of(args, avatar.policy)
     plan = Plan(args.parallel, member.world) if args.parallel else Plan.suited(policy, member.world)
-    geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
-    fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, args.fit))
+    view = seen(args, avatar, policy, picture)
     decoder = decoder_of(args, avatar) if member.rank == plan.writer else None
-    ranked = ranked_run(member, plan, avatar, fitted, policy, args.seed, encoded, decoder)
-    job = Job(ranked.stream, geometry, sound, checked_path(args.output), args)
+    ranked = ranked_run(member, plan, avatar, from_uint8(view.picture), policy, args.seed, encoded, decoder)
+    job = Job(ranked.stream, view, sound, checked_path(args.output), args)
     if member.rank == plan.writer:
         _write(ranked, job, policy)
     else:
@@ -84,7 +83,7 @@ def _write(ranked: RankedRun, job: Job, policy: RolloutPolicy) -> None:
     job.state_path.unlink(missing_ok=True)  # of an earlier run, whose part this one replaces
     asked = Asked.read(job.args.child) if job.args.child else None
     job.file_options = {} if asked is None else {"tags": asked.tags, **asked.writer}
-    settings = settings_of(job.args, policy, job.geometry) if asked is None else asked.settings
+    settings = settings_of(job.args, policy, job.view) if asked is None else asked.settings
     with job.shown(settings) as (open_sink, show):
         tell = child.tell if asked else show
         # hearing and decoding stay where they are: ranks keep step, and a timeline waits for what it times

@@ -6,23 +6,23 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..avatar import Avatar, Encoded
 from ..generate import Progress, from_uint8
 from ..geometry import Geometry
-from ..media.picture import fit_picture, read_picture
+from ..media.picture import read_picture
 from ..media.sound import SoundFile
 from ..media.writer import checked_path
 from ..policy import RolloutPolicy
 from ..together import Speaker, generate_together
-from .generate import HeardSound, check, decoder_of, progress_bar, settings_of, state_path, system_of, writer_of
-from .options import overlap_of, policy_of, several_gpus, size_of
+from ..view import View
+from .generate import HeardSound, check, decoder_of, progress_bar, seen, settings_of, state_path, system_of, writer_of
+from .options import overlap_of, policy_of, several_gpus
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     pictures = [read_picture(job.image) for job in jobs]
     avatar, encoded = system_of(jobs[0], pictures)
     policy = policy_of(args, avatar.policy)
-    geometry = avatar.geometry(size_of(args.size) if args.size else None, policy)
-    started, made = time.perf_counter(), []
+    views = [seen(job, avatar, policy, picture) for job, picture in zip(jobs, pictures, strict=True)]
+    started, made = time.perf_counter(), dict[int, Progress]()
     batch = min(args.batch or len(jobs), len(jobs))
-    for first in range(0, len(jobs), batch):
-        some = slice(first, first + batch)
-        made += _together(avatar, policy, geometry, jobs[some], sounds[some], pictures[some], encoded[some])
+    videos = list(zip(jobs, sounds, views, encoded, strict=True))
+    for some in _batches([view.geometry for view in views], batch):
+        made |= zip(some, _together(avatar, policy, [videos[i] for i in some]), strict=True)
     if args.json:
-        _report(Path(args.json), jobs, made, batch, time.perf_counter() - started)
+        _report(Path(args.json), jobs, [made[i] for i in range(len(jobs))], batch, time.perf_counter() - started)
     return 0
 
 
@@ -104,37 +104,40 @@ def _refuse(args: argparse.Namespace, jobs: Sequence[argparse.Namespace]) -> Non
         raise ValueError(f"--batch {args.batch} must be at least 1")
 
 
+def _batches(geometries: Sequence[Geometry], batch: int) -> Iterator[list[int]]:
+    """Places of up to `batch` videos each, whose model pictures have one size; a close-up may have another."""
+    for geometry in dict.fromkeys(geometries):
+        alike = [i for i, other in enumerate(geometries) if other == geometry]
+        for first in range(0, len(alike), batch):
+            yield alike[first : first + batch]
+
+
 def _together(
     avatar: Avatar,
     policy: RolloutPolicy,
-    geometry: Geometry,
-    jobs: Sequence[argparse.Namespace],
-    sounds: Sequence[SoundFile],
-    pictures: Sequence[np.ndarray],
-    encoded: Sequence[Encoded],
+    videos: Sequence[tuple[argparse.Namespace, SoundFile, View, Encoded]],
 ) -> list[Progress]:
     """One batch."""
-    decoder = decoder_of(jobs[0], avatar) or avatar.autoencoder
+    options = videos[0][0]
+    decoder = decoder_of(options, avatar) or avatar.autoencoder
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(progress_bar())
         speakers = []
-        for job, sound, picture, said in zip(jobs, sounds, pictures, encoded, strict=True):
-            fitted = from_uint8(fit_picture(picture, geometry.width, geometry.height, job.fit))
-            rollout = avatar.rollout(fitted, policy, job.seed, said)
+        for job, sound, view, said in videos:
+            rollout = avatar.rollout(from_uint8(view.picture), policy, job.seed, said)
             output = Path(job.output)
             state_path(output).unlink(missing_ok=True)  # of an earlier run, whose part this one replaces
-            sink = writer_of(output, geometry, sound, job.fps, settings_of(job, policy, geometry))
-            front_end, seconds = avatar.front_end(geometry), sound.duration or 0.0
-            heard = HeardSound(sound)
-            speakers.append(Speaker(rollout, front_end, decoder, heard, stack.enter_context(sink), seconds))
-        frames = dict.fromkeys(range(len(jobs)), 0)
+            writer = stack.enter_context(writer_of(output, view, sound, job.fps, settings_of(job, policy, view)))
+            front_end, seconds = avatar.front_end(view.geometry), sound.duration or 0.0
+            speakers.append(Speaker(rollout, front_end, decoder, HeardSound(sound), view.into(writer), seconds))
+        frames = dict.fromkeys(range(len(videos)), 0)
 
         def tell(place: int, progress: Progress) -> None:
             frames[place] = progress.frames
             bar.set_postfix_str(f"{sum(frames.values()) / max(progress.seconds, 1e-9):.1f} fps")
             bar.update(1)
 
-        return generate_together(speakers, tell, overlap_of(jobs[0].overlap, avatar.device))
+        return generate_together(speakers, tell, overlap_of(options.overlap, avatar.device))
 
 
 def _report(

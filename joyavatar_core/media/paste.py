@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..sinks import FrameSink
 from .picture import resize
 
 
@@ -20,6 +21,14 @@ class Region:
     y: int
     width: int
     height: int
+
+    def inside(self, outer: Region, size: tuple[int, int]) -> Region:
+        """The same part where a picture of `size` (width, height), in which this is one, fills `outer`."""
+        across, down = outer.width / size[0], outer.height / size[1]
+        left, top = outer.x + round(self.x * across), outer.y + round(self.y * down)
+        right = min(outer.x + round((self.x + self.width) * across), outer.x + outer.width)
+        bottom = min(outer.y + round((self.y + self.height) * down), outer.y + outer.height)
+        return Region(left, top, max(1, right - left), max(1, bottom - top))
 
 
 class Paste:
@@ -62,6 +71,22 @@ class Paste:
             under = whole[self._inside].astype(np.float32)
             whole[self._inside] = np.rint(under + (face - under) * self._weights).astype(np.uint8)
         return out
+
+
+@dataclass(frozen=True)
+class PastingSink:
+    """Takes the frames of a region and passes on whole ones."""
+
+    paste: Paste
+    sink: FrameSink
+
+    def write(self, frames: np.ndarray) -> None:
+        """uint8 [T, h', w', 3]."""
+        self.sink.write(self.paste(frames))
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        """float32 [channels, m]."""
+        self.sink.write_audio(samples)
 
 
 def _ramp(length: int, edge: int, soft_start: bool, soft_end: bool) -> np.ndarray:

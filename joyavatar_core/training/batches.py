@@ -7,7 +7,7 @@ latent, W audio tokens of a latent.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,8 @@ from ..conditioning import reference_tokens
 from ..model import JoyAvatarDiT
 from .encoded import EncodedClips
 from .sequences import Layout, Mixture, sample_latents, sample_levels
+
+_SMALLEST_MOUTH = 0.5  # latent cells: a mouth that is hidden or outside the picture is not drawn more often still
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ def make_batch(
     )
 
 
-def draw_clips(random_: random.Random, layout: Layout, count: int, tokens: int, each: int) -> Tensor:
-    """Which of `count` clips make a batch of about `tokens` video tokens, `each` in a latent: [B]."""
+def draw_clips(random_: random.Random, layout: Layout, odds: Sequence[float], tokens: int, each: int) -> Tensor:
+    """Which clips, drawn by their odds, make a batch of about `tokens` video tokens, `each` in a latent: [B]."""
     batch = max(1, round(tokens / (layout.latents * each)))
-    return torch.tensor([random_.randrange(count) for _ in range(batch)])
+    return torch.tensor(random_.choices(range(len(odds)), odds, k=batch))
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ class Framing:
 
     close_ups: odds of squares about the mouths in place of whole frames: more faces for the same time.
     close_up: their widths in latent cells.
+    small_mouths: a clip is drawn in inverse proportion to the cells of its mouth to this power. 0: all clips alike, so
+    that sizes and framings that few clips have are learnt last; 1: as many cells of small mouths as of large ones.
     """
 
     close_ups: float = 0.7
     close_up: tuple[int, ...] = (8, 12)
+    small_mouths: float = 0.0
 
     def draw(
         self,
@@ -98,12 +103,13 @@ class Framing:
         data: parts of one size each. draws: common to all processes, and our own.
         """
         common, own = draws
-        (part,) = common.choices(data, [len(part) for part in data])
+        odds = [part.mouth_cells.clamp(min=_SMALLEST_MOUTH).pow(-self.small_mouths).tolist() for part in data]
+        ((part, its),) = common.choices(list(zip(data, odds, strict=True)), [sum(each) for each in odds])
         cells = common.choice(self.close_up)
         if min(part.latents.shape[-2:]) < cells or common.random() >= self.close_ups:
-            return part, draw_clips(own, layout, len(part), tokens, part.tokens(patch))
+            return part, draw_clips(own, layout, its, tokens, part.tokens(patch))
         each = cells**2 // (patch[0] * patch[1])
-        cut = part.close_ups(draw_clips(own, layout, len(part), tokens, each), cells, patch, own)
+        cut = part.close_ups(draw_clips(own, layout, its, tokens, each), cells, patch, own)
         return cut, torch.arange(len(cut))
 
 
@@ -180,6 +186,11 @@ def loss_weights(batch: Batch, mouth: float, eyes: float, past: float) -> Tensor
 def weighted_mean(error: Tensor, weights: Tensor) -> Tensor:
     """Mean of an error under weights of its shape."""
     return (weights * error).sum() / weights.sum()
+
+
+def regression_loss(batch: Batch, v: Tensor, mouth: float, eyes: float, past: float) -> Tensor:
+    """Weighted mean (`loss_weights`) of the squared error of the clean latents."""
+    return weighted_mean(x0_error(batch, v), loss_weights(batch, mouth, eyes, past))
 
 
 # Measuring

@@ -32,7 +32,7 @@ from ..conditioning import ImageChannels, image_channels, reference_tokens
 from ..geometry import Geometry
 from ..model import JoyAvatarDiT
 from . import flow_matching, lips, listening, parallel, preview, trainer
-from .batches import weighted_mean
+from .batches import predict, regression_loss, weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .encoded import EncodedClips
 from .inputs import Inputs, guided, velocity
@@ -55,6 +55,8 @@ class Recipe(flow_matching.Recipe):
     history: level at which the auxiliary branch keeps keys and values (`self_forcing.roll_out`). block_by_block: the
     gradient of one forward at a time (Live Avatar, algorithm 2): less memory, more forwards of the scores.
     new_speech: share of steps whose rollouts hear speech made for them (espeak-ng), not that of their clips.
+    regression: weight of a regression to true clips beside the scores and the judge, at the timesteps of rollouts and
+    with their true past (in place of DMD's regression to a teacher's trajectories, Yin et al. 2023, section 3.2).
     lip_weight: of the judge's loss; shut: how much more frames count in which lips touch (`lips.LipLoss`).
     """
 
@@ -72,6 +74,8 @@ class Recipe(flow_matching.Recipe):
     history: History = "policy"
     block_by_block: bool = False
     new_speech: float = 0.0
+    regression: float = 0.0
+    drop_audio: float = 0.0
     lip_weight: float = 0.05
     shut: float = 3.0
 
@@ -216,6 +220,11 @@ class Training(flow_matching.Training[Recipe]):
                 figures.setdefault("lips", []).append(losses[-1].item())
             torch.stack(losses).sum().backward()
         assert made is not None
+        if self.recipe.regression:
+            batch = self.batch()
+            loss = regression_loss(batch, predict(self.model, batch), self.recipe.mouth, self.recipe.eyes, past=0.0)
+            (self.recipe.regression * loss).backward()
+            figures["regression"] = [loss.item()]
         figures["norm"] = [self.learner.update(self.recipe, self.rate_scale, self.steps)]
         self.figures |= {name: sum(values) / len(values) for name, values in figures.items()}
         return replace(made, latents=made.latents.detach())

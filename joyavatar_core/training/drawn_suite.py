@@ -30,6 +30,7 @@ from ..measures.mouth_reader import MouthReader, Reading
 from ..measures.statistics import Interval, LoudnessPredictor
 from ..measures.video import Blocks
 from ..policy import RolloutPolicy
+from ..view import view_for
 from .clips import SIZES
 from .drawn import Clip, Image, sample_clip
 from .drawn.layers import opencv
@@ -320,12 +321,13 @@ def _noise(seed: int, suite: Suite) -> int:
 def speak(
     avatar: Avatar, policy: RolloutPolicy, picture: Image, audio: NDArray[np.float32], rate: int, seed: int
 ) -> Iterator[Image]:
-    """The engine's own stream over the whole sound [n]: frames [T, H, W, 3], a block at a time."""
-    stream = avatar.stream(from_uint8(picture), policy, seed)
+    """What `joyavatar generate` makes of a picture and a sound [n]: frames [T, H, W, 3], a block at a time."""
+    view = view_for(avatar, policy, picture, picture.shape[1::-1])
+    stream = avatar.stream(from_uint8(view.picture), policy, seed)
     for piece in stream.feed(torch.from_numpy(audio), rate):
-        yield to_uint8(piece)
+        yield view.finished(to_uint8(piece))
     for piece in stream.finish():
-        yield to_uint8(piece)
+        yield view.finished(to_uint8(piece))
 
 
 @torch.inference_mode()
@@ -507,6 +509,8 @@ def _sync(short: list[ClipResult], predictor: LoudnessPredictor) -> dict[str, In
     table = {name: np.array(rows) for name, rows in tables.items()}
     best = {name: lags.index(statistics.best_lag(rows)) for name, rows in table.items()}
     made, loud = table["made"][:, best["made"]], table["loud"][:, best["loud"]]
+    for result, value in zip(short, made, strict=True):
+        result.values["sync"] = float(value)
     return {
         "sync.correlation": statistics.mean_interval(list(made)),
         "sync.lag": statistics.bootstrap(lambda rows: statistics.best_lag(table["made"][rows]), len(short)),
@@ -663,13 +667,21 @@ def _about(suite: Suite, results: list[ClipResult], clock: Clock, seconds: float
     return {
         "suite": "drawn",
         "settings": {**asdict(suite), "sizes": [f"{w}x{h}" for h, w in suite.sizes]},
-        "seeds": [result.seed for result in results],
+        "clips": [_about_clip(result) for result in results],
         "noise_seed": suite.noise_seed,
         "voices": [result.speech.source for result in results],
         "seconds": round(seconds, 1),
         "time_share": {what: round(spent / seconds, 3) for what, spent in clock.spent.items()},
         "meanings": MEANINGS,
     }
+
+
+def _about_clip(result: ClipResult) -> dict[str, Any]:
+    """Which clip, how large its face is in pixels, and its own figures: a mean hides who fails."""
+    height, width = result.size
+    face = round(float(result.box[3] - result.box[1]))
+    values = {name: _plain(value) for name, value in result.values.items()}
+    return {"seed": result.seed, "size": f"{width}x{height}", "face": face, **values}
 
 
 # Pictures of the result

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,6 +47,11 @@ class EncodedClips:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @cached_property
+    def mouth_cells(self) -> Tensor:
+        """How many latent cells the mouth of each clip fills at its first frame: [N] float32."""
+        return self.mouth[:, 0].float().sum(dim=(1, 2))
 
     def select(self, rows: slice) -> EncodedClips:
         """Some of the clips."""

@@ -35,12 +35,11 @@ from .batches import (
     by_level,
     clean,
     draw_clips,
-    loss_weights,
     make_batch,
     measured_batch,
     other_voices,
     predict,
-    weighted_mean,
+    regression_loss,
     x0_error,
 )
 from .clips import list_clips
@@ -111,13 +110,13 @@ class Training(trainer.Supervised[Recipe]):
             return make_batch(data, layout, clips, patch, mixture, own.randrange(2**31))
         (pairs,) = common.choices(self.pairs, [len(part) for part in self.pairs])
         seed = own.randrange(2**31)
-        clips = draw_clips(own, layout, len(pairs), self.tokens, pairs.clips.tokens(patch))
+        clips = draw_clips(own, layout, [1.0] * len(pairs), self.tokens, pairs.clips.tokens(patch))
         return pairs.on_trajectory(make_batch(pairs.clips, layout, clips, patch, replace(mixture, exact=1.0), seed))
 
     def loss(self, batch: Batch) -> Tensor:
         """Of the clean latents, and of the lips in the window."""
         v = predict(self.model, batch)
-        loss = regression_loss(batch, v, self.recipe)
+        loss = regression_loss(batch, v, self.recipe.mouth, self.recipe.eyes, self.recipe.past)
         if self.judge is None:
             return loss
         counts = torch.ones(batch.frames.shape)
@@ -139,11 +138,6 @@ class Training(trainer.Supervised[Recipe]):
 
     def clips(self) -> int:
         return sum(len(part) for part in self.pairs)
-
-
-def regression_loss(batch: Batch, v: Tensor, recipe: trainer.Recipe) -> Tensor:
-    """Weighted mean of the squared error of the clean latents."""
-    return weighted_mean(x0_error(batch, v), loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past))
 
 
 def begin(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,19 @@ def test_what_is_in_the_package_keeps_the_limits_and_says_where_it_comes_from():
         assert all(word in told for word in ("steps", "seed", "minutes")), path.name
 
 
-def test_a_blend_lies_between_student_and_teacher(tmp_path: Path):
-    kinds = {"student": 2.0, "teacher": 1.0}
+def test_a_blend_is_the_weighted_sum(tmp_path: Path):
+    kinds = {"student": 2.0, "teacher": 1.0, "other": 5.0}
     for name, value in kinds.items():
         checkpoint.write(tmp_path / f"{name}.safetensors", {"a": torch.full((3,), value)}, {"recipe": name})
-    student, teacher, out = (tmp_path / f"{name}.safetensors" for name in (*kinds, "out"))
-    tensors, metadata = checkpoint.read(package.blend(student, teacher, 0.75, out))
+    student, teacher, other, out = (tmp_path / f"{name}.safetensors" for name in (*kinds, "out"))
+    tensors, metadata = checkpoint.read(package.blend(student, {teacher: 0.25}, out))
     assert tensors["a"].tolist() == [1.75] * 3
-    assert metadata["recipe"] == "student" and '"share": 0.75' in metadata["blend"]
+    assert metadata["recipe"] == "student" and [b["weight"] for b in json.loads(metadata["blend"])] == [0.25]
+    tensors, metadata = checkpoint.read(package.blend(out, {other: 0.5, teacher: -0.5}, tmp_path / "again"))
+    assert tensors["a"].tolist() == [3.75] * 3
+    assert [b["weight"] for b in json.loads(metadata["blend"])] == [0.25, 0.5, -0.5]
     checkpoint.write(teacher, {"a": torch.ones(4)}, {})
     with pytest.raises(checkpoint.CheckpointError, match="other tensors than student"):
-        package.blend(student, teacher, 0.5, out)
-    with pytest.raises(ValueError, match="share 2"):
-        package.blend(student, teacher, 2, out)
+        package.blend(student, {teacher: 0.5}, out)
+    with pytest.raises(ValueError, match=r"teacher\.safetensors=2"):
+        package.blend(student, {teacher: 2.0}, out)

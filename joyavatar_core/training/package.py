@@ -1,9 +1,10 @@
 """Puts trained weights into the package: bfloat16, our metadata, the names the engine looks for.
 
     python -m joyavatar_core.training.package --autoencoder FILE --transformer FILE --reader FILE [--out DIR]
-        [--blend FILE --share 0.6]
+        [--blend FILE=0.4 ...]
 
---blend mixes a student's weights with those of its teacher, which it began from: a milder guidance than it learned.
+--blend mixes in the weights of trainings that went on from one another: 0.4 of a teacher makes a student's guidance
+milder; 0.6 of what a training became and -0.6 of what it began from add to another what it learned.
 Metadata (recipe, data seed, steps, figures) comes along from the training's own files.
 """
 
@@ -13,7 +14,7 @@ import argparse
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,21 +54,36 @@ def _megabytes(tensors: checkpoint.Tensors) -> float:
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
 
 
-def blend(student: Path, teacher: Path, share: float, out: Path) -> Path:
-    """Write `share` of the student's weights and the rest of the teacher's, with the student's metadata; gives `out`.
+def blend(transformer: Path, others: Mapping[Path, float], out: Path) -> Path:
+    """Write the weighted sum of the other files and of as much of the transformer as is missing to 1; gives `out`.
 
-    Raises ValueError for a share outside 0 .. 1, CheckpointError where the two are not of one kind.
+    The metadata is the transformer's, with the weights and checksums of what was mixed in. Raises ValueError for a
+    weight outside -1 .. 1, CheckpointError for files of different kinds.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share {share}: must be in 0 .. 1")
-    (ours, metadata), (theirs, _) = checkpoint.read(student), checkpoint.read(teacher)
-    sizes = [{name: tensor.shape for name, tensor in tensors.items()} for tensors in (ours, theirs)]
-    if sizes[0] != sizes[1]:
-        raise checkpoint.CheckpointError(f"{teacher.name} has other tensors than {student.name}: no teacher of it")
-    mixed = {n: (share * ours[n].float() + (1 - share) * theirs[n].float()).to(ours[n].dtype) for n in ours}
-    facts = {"share": share, "with": checkpoint.sha256_of(teacher)}
-    checkpoint.write(out, mixed, metadata | {"blend": json.dumps(facts)})
+    for path, weight in others.items():
+        if not -1 <= weight <= 1:
+            raise ValueError(f"--blend {path.name}={weight:g}: the weight must be in -1 .. 1")
+    ours, metadata = checkpoint.read(transformer)
+    mixed = {name: (1 - sum(others.values())) * tensor.float() for name, tensor in ours.items()}
+    for path, weight in others.items():
+        theirs, _ = checkpoint.read(path)
+        if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
+            raise checkpoint.CheckpointError(f"{path.name} has other tensors than {transformer.name}: not of its kind")
+        for name, tensor in theirs.items():
+            mixed[name] += weight * tensor.float()
+    before = json.loads(metadata.get("blend", "[]"))
+    facts = [{"weight": weight, "of": checkpoint.sha256_of(path)} for path, weight in others.items()]
+    metadata = metadata | {"blend": json.dumps([*(before if isinstance(before, list) else [before]), *facts])}
+    checkpoint.write(out, {name: tensor.to(ours[name].dtype) for name, tensor in mixed.items()}, metadata)
     return out
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    path, _, weight = text.rpartition("=")
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as FILE=WEIGHT, e.g. teacher.safetensors=0.4") from None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,14 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformer", type=Path, required=True)
     parser.add_argument("--reader", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument("--blend", type=Path, help="the transformer's teacher, to be mixed in")
-    parser.add_argument("--share", type=float, default=0.6, help="of --transformer in the blend (%(default)s)")
+    parser.add_argument(
+        "--blend", type=_weighted, action="append", metavar="FILE=WEIGHT", help="weights to be mixed in, any number"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         transformer = options.transformer
         if options.blend:
-            transformer = blend(transformer, options.blend, options.share, Path(folder) / transformer.name)
+            transformer = blend(transformer, dict(options.blend), Path(folder) / transformer.name)
         package(options.autoencoder, transformer, options.reader, options.out)
 
 

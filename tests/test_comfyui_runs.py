@@ -19,9 +19,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from joyavatar_core import checkpoint, lora
+from joyavatar_core import checkpoint, lora, samples
 from joyavatar_core.avatar import build_model
 from joyavatar_core.config import AudioConfig, ModelConfig, S2VConfig
 from joyavatar_core.model import JoyAvatarDiT
@@ -111,6 +112,7 @@ def write_full_size(models: Path) -> None:
 PROMPTS = """
 import sys
 import torch
+from PIL import Image
 class Prompt:
     CATEGORY, FUNCTION, RETURN_TYPES = "test", "make", ("CONDITIONING",)
     INPUT_TYPES = classmethod(lambda cls: {"required": {"channels": ("INT", {"default": 8})}})
@@ -502,6 +504,28 @@ def test_paste_back_gives_the_whole_picture(host: Host) -> None:
     prompt["12"] = node("JoyAvatarPasteBack", frames=["6", 0], feather=10)
     frames = frames_of(file_of(host, host.run(prompt)))
     assert frames.shape[1] > SIDE and np.abs(frames[0, -8:].astype(int) - frames[-1, -8:]).mean() < 1
+
+
+def test_a_small_face_is_taken_closer_and_laid_back(host: Host) -> None:
+    """Also into the whole picture, and not where the fit is crop."""
+    scene = Image.new("RGB", (640, 384), (140, 150, 160))
+    scene.paste(Image.open(samples.picture("demo")).convert("RGB").resize((240, 240)), (300, 120))
+    scene.save(host.base / "input" / "small.png")
+    shape = {"fit": "close-up", "width": 320, "height": 192}
+    prompt = {**stream(**shape), **video("closer")}
+    prompt["1"] = node("LoadImage", image="small.png")
+    frames = frames_of(file_of(host, host.run(prompt)))
+    corner = frames[:, :40, :80].astype(int)
+    assert frames.shape[1:3] == (192, 320) and np.abs(corner - corner[0]).max() <= 6
+    prompt["12"] = node("JoyAvatarPasteBack", frames=["6", 0], feather=12)
+    prompt["7"]["inputs"]["frames"] = ["12", 0]
+    pasted = frames_of(file_of(host, host.run(prompt)))
+    assert pasted.shape[1:3] == (384, 640)
+    halved = pasted[:, ::2, ::2].astype(int)
+    assert np.abs(halved - frames).mean() < 4  # the same face in the same place
+    prompt["3"]["inputs"]["fit"], prompt["7"]["inputs"]["frames"] = "crop", ["6", 0]
+    whole = frames_of(file_of(host, host.run(prompt)))
+    assert whole.shape == frames.shape and np.abs(whole.astype(int) - frames).mean() > 0.5
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ from .speech import synthesize
 log = logging.getLogger(__name__)
 
 QUANTITIES = ("open", "wide", "teeth", "blink")
-_FRAMES = 24  # of a clip: as in any video, some of them show how wide this person's mouth is at rest
+_FRAMES = 8  # of a clip
 _FACE = Crop(168, 156, 84.0)  # what the pool keeps of a frame, upright
 _SCALES = torch.tensor([0.25, 0.5, 0.25, 0.08, 0.08])  # deviations: open, wide, teeth, and the two offsets
 _EYE_SCALES = torch.tensor([0.3, 0.08, 0.08])
@@ -65,7 +65,7 @@ class Recipe:
 
     seed: int = 800
     minutes: float = 15.0
-    clips: int = 8
+    clips: int = 20
     fresh: int = 1
     pool: int = 240
     speeches: int = 24
@@ -123,7 +123,7 @@ def random_poses(rng: np.random.Generator, spoken: tuple[Pose, ...], count: int)
     poses = [spoken[i] for i in rng.integers(len(spoken), size=count)]
     if rng.random() < 0.5:
         most, round_, spread = rng.uniform(0.1, 1.0) ** 0.5, -rng.uniform(0, 1), rng.uniform(0, 1)
-        shut = rng.random() < 0.8  # then a third of the frames rest
+        shut = rng.random() < 0.3  # then a third of the frames rest
         for i in range(count):
             if not (shut and rng.random() < 0.35):
                 mouth = (rng.uniform(0, most), rng.uniform(round_, spread), rng.uniform(0, 1) ** 1.5)

@@ -435,8 +435,8 @@ class LogMel:
         geometry: Geometry,
         mels: int = 64,
         hops_per_frame: int = 4,
-        before: int = 4,
-        after: int = 2,
+        before: int = 6,
+        after: int = 6,
         filters: Tensor | None = None,
     ) -> None:
         if mels < 1 or hops_per_frame < 1 or before < 0 or after < 0:

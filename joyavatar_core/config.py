@@ -19,7 +19,8 @@ class AudioConfig:
         "injected" mixes those of a latent frame's pixel frames into `tokens`, attended to between layers (Wan2.2-S2V).
     features: channels of a front-end token. width: channels after the projector.
     window: tokens per latent frame that the front end gives; columns: of the spectrogram in a token; tokens: how many
-        the mixing leaves; channels, hidden: its widths ("window" only).
+        the mixing leaves; channels: its width; dilations: of its convolutions; readings: numbers it passes on of each
+        pixel frame ("window" only).
     scale: weight of the audio term in the cross-attention sum.
     """
 
@@ -30,16 +31,38 @@ class AudioConfig:
     columns: int = 4
     tokens: int = 0
     channels: int = 0
-    hidden: int = 0
+    dilations: tuple[int, ...] = ()
+    readings: int = 0
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind == "window" and min(self.window, self.tokens, self.channels, self.hidden) < 1:
-            raise ValueError(f"{self}: a window projector needs window, tokens, channels and hidden of at least 1")
         if self.kind in ("added", "injected") and self.window < 1:
             raise ValueError(f"{self}: this audio needs a window, the pixel frames of a latent")
-        if self.kind == "window" and (self.columns < 1 or self.features % self.columns):
-            raise ValueError(f"features {self.features} must be a multiple of the {self.columns} columns of a token")
+        if self.kind == "window":
+            self._check_window()
+
+    def _check_window(self) -> None:
+        if min(self.tokens, self.channels, self.readings) < 1:
+            raise ValueError(f"{self}: a window projector needs tokens, channels and readings of at least 1")
+        if self.columns < 2 or self.columns % 2 or self.features % self.columns:
+            raise ValueError(
+                f"{self.columns} columns of a token: must be even, and features {self.features} a multiple of them"
+            )
+        if 2 * self.reach % self.columns or self.frames_read < 1:
+            raise ValueError(
+                f"a window of {self.window} tokens of {self.columns} columns: the convolutions take {self.reach} "
+                "columns at either end, and whole tokens must be left"
+            )
+
+    @property
+    def reach(self) -> int:
+        """Columns of the spectrogram that the convolutions of a "window" projector take before and after a frame."""
+        return 2 + self.columns // 2 * (sum(self.dilations) + 1)
+
+    @property
+    def frames_read(self) -> int:
+        """Pixel frames of a window that a "window" projector tells of: those whose surroundings are in it."""
+        return self.window - 2 * self.reach // self.columns
 
 
 @dataclass(frozen=True)
@@ -155,7 +178,16 @@ MODELS: dict[str, ModelConfig] = {
         text_len=0,
         image_dim=192,
         prediction="x0",
-        audio=AudioConfig(kind="window", features=256, width=256, window=10, tokens=4, channels=96, hidden=256),
+        audio=AudioConfig(
+            kind="window",
+            features=256,
+            width=256,
+            window=16,
+            tokens=4,
+            channels=160,
+            dilations=(1, 2, 4, 1, 2),
+            readings=6,
+        ),
     ),
     "wan-t2v-1.3b": replace(_WAN_1_3B, in_channels=16, image_dim=0),
     "wan-i2v-1.3b": _WAN_1_3B,

@@ -30,31 +30,33 @@ class AudioTokenProjector(nn.Module):
 
 
 class AudioWindowProjector(nn.Module):
-    """All log-mel tokens of a latent frame mixed: [B, F, W, C] -> [B, F, tokens, D].
+    """The log-mel window of a latent frame, heard: [B, F, W, C] -> [B, F, tokens, D].
 
-    A latent holds four pixel frames: the mixing layers see where in the window each column stands, which attention
-    over tokens without positions would not. A token is `columns` columns of the spectrogram; convolutions along them
-    hear a sound wherever in the window it falls, and two of stride 2 lead back to one place per token at four columns.
+    A token is `columns` columns of the spectrogram. Convolutions along them, none of them padded, say a few numbers of
+    each pixel frame of the latent, whose place in the window does not matter; these alone go on. A voice has much else
+    to tell, and a transformer that hears it learns the few voices of its clips by heart.
     """
 
     def __init__(self, config: AudioConfig, ops: Any) -> None:
         super().__init__()
-        self.tokens, self.columns = config.tokens, config.columns
-        mels, places = config.features // config.columns, config.window * config.columns
-        self.conv_in = ops.Conv1d(mels, config.channels, 5, padding=2)
-        self.conv_mid = ops.Conv1d(config.channels, config.channels, 5, stride=2, padding=2)
-        self.conv_out = ops.Conv1d(config.channels, config.channels, 3, stride=2, padding=1)
-        self.proj_in = ops.Linear(config.channels * -(-places // 4), config.hidden)
-        self.proj_out = ops.Linear(config.hidden, config.tokens * config.width)
+        self.tokens, self.columns, step = config.tokens, config.columns, config.columns // 2
+        channels, numbers = config.channels, config.frames_read * config.readings
+        self.conv_in = ops.Conv1d(config.features // config.columns, channels, step + 4, stride=step)
+        self.convs = nn.ModuleList(ops.Conv1d(channels, channels, 3, dilation=d) for d in config.dilations)
+        self.conv_out = ops.Conv1d(channels, config.readings, 4, stride=2)
+        self.proj = ops.Linear(numbers, config.tokens * config.width)
         self.norm = ops.LayerNorm(config.width)
 
+    def read(self, tokens: Tensor) -> Tensor:
+        """Tokens of consecutive pixel frames [n, W, C] -> readings [n, W less both reaches, readings]."""
+        x = self.conv_in(tokens.unflatten(-1, (self.columns, -1)).flatten(1, 2).transpose(1, 2))
+        for conv in self.convs:
+            reach = conv.dilation[0]
+            x = x[..., reach:-reach] + conv(nn.functional.silu(x))
+        return self.conv_out(nn.functional.silu(x)).transpose(1, 2)
+
     def forward(self, tokens: Tensor) -> Tensor:
-        spectrogram = tokens.unflatten(-1, (self.columns, -1)).flatten(-3, -2)  # [B, F, W columns, mels]
-        x = spectrogram.flatten(0, -3).transpose(1, 2)
-        for layer in (self.conv_in, self.conv_mid, self.conv_out):
-            x = nn.functional.silu(layer(x))
-        x = nn.functional.silu(self.proj_in(x.flatten(1)))
-        x = self.proj_out(x).unflatten(-1, (self.tokens, -1))
+        x = self.proj(self.read(tokens.flatten(0, -3)).flatten(1)).unflatten(-1, (self.tokens, -1))
         return self.norm(x).unflatten(0, tokens.shape[:-2])
 
 

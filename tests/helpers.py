@@ -43,7 +43,9 @@ SMALL = ModelConfig(
     text_dim=0,
     text_len=0,
     image_dim=4,
-    audio=AudioConfig(kind="window", features=6, columns=2, width=8, window=3, tokens=2, channels=4, hidden=8),
+    audio=AudioConfig(
+        kind="window", features=6, columns=2, width=8, window=5, tokens=2, channels=4, dilations=(1,), readings=3
+    ),
 )
 GEOMETRY = Geometry(32, 16, spatial=8, patch=(1, 1))
 
@@ -108,8 +110,8 @@ def small_rollout(
 def audio_tokens(block: int, latents: int = 3) -> AudioTokens:
     """Random tokens of a block, a function of its index."""
     generator = torch.Generator().manual_seed(1000 + block)
-    tokens = torch.randn(latents, 3, 6, generator=generator)
-    return AudioTokens(tokens, torch.ones(latents, 3, dtype=torch.bool))
+    tokens = torch.randn(latents, 5, 6, generator=generator)
+    return AudioTokens(tokens, torch.ones(latents, 5, dtype=torch.bool))
 
 
 @torch.no_grad()

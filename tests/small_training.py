@@ -16,9 +16,11 @@ from joyavatar_core.training.encoded import EncodedClips
 
 SMALL = ModelConfig(
     dim=24, ffn_dim=32, layers=2, heads=2, in_channels=36, patch=(2, 2), text_dim=0, text_len=0, image_dim=64,
-    audio=AudioConfig(kind="window", features=8, width=16, window=10, tokens=2, channels=6, hidden=12),
+    audio=AudioConfig(
+        kind="window", features=8, width=16, window=16, tokens=2, channels=6, dilations=(2, 4, 4), readings=6
+    ),
 )  # fmt: skip
-HEARING = AudioConfig(kind="window", features=256, width=16, window=10, tokens=2, channels=6, hidden=12)
+HEARING = replace(SMALL.audio, features=256)  # pyright: ignore
 PRESET = replace(SMALL, dim=32, patch=(4, 4), image_dim=256, audio=HEARING, prediction="x0")
 SIZE = (4, 4)
 """Cells of the clips: one token a latent."""
@@ -38,7 +40,7 @@ def random_clips(count: int, size: tuple[int, int] = SIZE, blocks: int = 10) -> 
         seed=torch.arange(count),
         latents=steady,
         image=normal(count, 8, 16, *size),
-        audio=normal(count, frames, 10, 256),
+        audio=normal(count, frames, 16, 256),
         mouth=share,
         eyes=share,
     )

@@ -248,7 +248,8 @@ def symbols_of(c: ModelConfig) -> dict[str, int]:
     s |= {"T": c.freq_dim, "X": c.text_dim, "I": c.image_dim}
     if c.audio:
         s |= {"A": c.audio.features, "W": c.audio.width, "K": c.audio.window, "n": c.audio.tokens}
-        s |= {"H": c.audio.hidden, "G": c.audio.features // c.audio.columns, "S": c.audio.channels}
+        s |= {"G": c.audio.features // c.audio.columns, "S": c.audio.channels, "k": c.audio.columns // 2 + 4}
+        s |= {"V": c.audio.readings, "H": c.audio.frames_read * c.audio.readings}
     if c.s2v and c.audio:
         s |= {"O": c.s2v.audio_layers, "U": c.audio.features // c.s2v.audio_layers}
     if c.face:
@@ -261,6 +262,7 @@ def test_transformer_keys(name: str) -> None:
     config = MODELS[name]
     counts = {"N": config.layers, "M": config.face.depth if config.face else 0}
     counts["I"] = len(config.audio_layers)
+    counts["L"] = len(config.audio.dilations) if config.audio else 0
     counts["J"] = len(config.s2v.inject_layers) if config.s2v else 0
     parts = [listed(section, counts, symbols_of(config)) for section in sections_of(config)]
     compare({k: shape for part in parts for k, shape in part.items()}, on_meta(build_model, config))

@@ -208,7 +208,9 @@ def test_embedded_kind_from_files(files: Path, tmp_path: Path) -> None:
     """A model of the embedded kind needs an autoencoder and no encoders."""
     config = ModelConfig(
         dim=24, ffn_dim=32, layers=1, heads=2, text_dim=0, text_len=0, image_dim=64,
-        audio=AudioConfig(kind="window", features=256, width=8, window=10, tokens=2, channels=4, hidden=8),
+        audio=AudioConfig(
+            kind="window", features=256, width=8, window=16, tokens=2, channels=4, dilations=(2, 4, 4), readings=2
+        ),
     )  # fmt: skip
     model = save_transformer(tmp_path / "own.safetensors", config)
     names = ("audio_encoder", "text_encoder", "clip_vision", "face", "prompt")

@@ -110,7 +110,7 @@ def whole(use: kernels.Use, dtype: torch.dtype) -> tuple[Tensor, ...]:
     model = small_model(dtype=dtype).requires_grad_(False)
     x = noise(1, 12, 3, *GEOMETRY.latent_size, seed=3).to(dtype)
     condition = model.condition(image=noise(1, 5, 4, seed=6).to(dtype))
-    audio = model.audio(noise(1, 3, 3, 6, seed=7).to(dtype))
+    audio = model.audio(noise(1, 3, 5, 6, seed=7).to(dtype))
     keys, values = noise(2, 1, 8, SMALL.heads, SMALL.head_dim, seed=8).to(dtype)
     past = Past(SimpleNamespace(context=lambda layer: (keys, values)), (0,))  # pyright: ignore
     times = torch.tensor([900.0, 900.0, 500.0])

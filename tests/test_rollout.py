@@ -125,7 +125,7 @@ def test_window_over_a_clip_is_the_bidirectional_forward() -> None:
     image = torch.randn(1, 5, 4, dtype=torch.float64)
     kv = model.condition(image=image)
     t = torch.full((6,), 400.0, dtype=torch.float64)
-    tokens = torch.randn(1, 6, 3, 6, dtype=torch.float64)
+    tokens = torch.randn(1, 6, 5, 6, dtype=torch.float64)
     audio = model.audio(tokens)
     whole, _ = model(x, t, range(6), kv, audio)
     plain = PlainRollout(model, x[:, 4:], image, tokens[0], lambda *_: x[:, :4])

@@ -40,7 +40,7 @@ from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
 from .babble import babble
-from .common import Muon, kept_share, rate_scale, record
+from .common import Muon, autocast, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, motion, photo_like, render, texture
 
 log = logging.getLogger(__name__)
@@ -345,7 +345,7 @@ def latent_statistics(latents: list[Tensor]) -> Statistics:
 
 @torch.no_grad()
 def _encode(model: LightAutoencoder, sample: Sample) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         return model.encode(as_video(sample.video[None])).float()
 
 
@@ -394,7 +394,7 @@ class _Training:
 def _step(state: _Training, video: Tensor, weights: Tensor, noise: float) -> dict[str, float]:
     recipe = state.recipe
     rate = recipe.learning_rate * rate_scale(state.session_steps, recipe.warmup_steps, state.progress)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         made, latents = reconstruct(state.model, video, noise)
     picture, spread = picture_loss(recipe, made, video, weights), latent_loss(latents)
     state.model.zero_grad(set_to_none=True)
@@ -433,7 +433,7 @@ def evaluate(model: LightAutoencoder, samples: list[Sample]) -> tuple[dict[str, 
     pictures, latents = [], []
     for kind, sample in zip(_HELD_OUT_KINDS, samples, strict=True):
         latents.append(_encode(model, sample))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             made = model.decode(latents[-1]).float()
         frames = made[0].permute(1, 2, 3, 0).add(1).mul(127.5).round().numpy().astype(np.uint8)
         pictures.append(frames)

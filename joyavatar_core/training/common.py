@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..avatar import default_dtype
 from . import parallel
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,16 @@ def record(path: Path, line: Mapping[str, object]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+
+
+def training_dtype() -> torch.dtype:
+    """What a CPU trains in: bfloat16 where it multiplies that fast; without such units it is seventy times slower."""
+    return default_dtype(torch.device("cpu"))
+
+
+def autocast() -> torch.autocast:
+    """Products in `training_dtype`."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=training_dtype() == torch.bfloat16)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -51,7 +62,7 @@ def kept_share(decay: float, step: int) -> float:
 class Weights:
     """Weights in three precisions of time: the model's own (any dtype), float32 masters, and their running average.
 
-    A bfloat16 model is updated through its masters, or steps below a 256th of a weight would be lost.
+    A model in bfloat16 is updated through its masters, or steps below a 256th of a weight would be lost.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -96,7 +107,8 @@ class Weights:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal (Jordan et al. 2024), for the matrices of the blocks.
+    """Momentum made orthogonal (Jordan et al. 2024), for the matrices of the blocks; a convolution's weights
+    [out, in, ...] count as a matrix [out, in ...].
 
     The update is scaled to the root mean square of an AdamW step (0.2 sqrt(max(rows, columns)), Liu et al. 2025),
     so one learning rate serves both.
@@ -109,10 +121,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             for alike in _by_shape(p for p in group["params"] if p.grad is not None):
-                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]) for p in alike]))
-                scale = 0.2 * math.sqrt(max(alike[0].shape))
+                updates = orthogonal(torch.stack([self._momentum(p, group["momentum"]).flatten(1) for p in alike]))
+                scale = 0.2 * math.sqrt(max(updates.shape[1:]))
                 for p, update in zip(alike, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-group["lr"] * scale)
 
     def _momentum(self, p: Tensor, keep: float) -> Tensor:
         assert p.grad is not None
@@ -126,7 +139,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
     """Nearest orthogonal matrices, nearly: singular values of m [n, rows, columns] brought to about 0.7 .. 1.2."""
     a, b, c = _NEWTON_SCHULZ
-    x = m.bfloat16()
+    x = m.to(training_dtype())
     wide = x.shape[-2] > x.shape[-1]
     x = x.mT if wide else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

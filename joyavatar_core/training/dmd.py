@@ -34,6 +34,7 @@ from ..model import JoyAvatarDiT
 from . import flow_matching, lips, listening, parallel, preview, trainer
 from .batches import predict, regression_loss, weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
+from .common import training_dtype
 from .encoded import EncodedClips
 from .inputs import Inputs, guided, velocity
 from .lips import LipLoss, Lips, load_lip_loss
@@ -343,7 +344,7 @@ def begin(
 ) -> Training:
     """A distillation at step 0: the generator from `start`, both scores from the teacher; ears stay as they are."""
     state = flow_matching.begin(recipe, out, data, start=start)
-    real, fake = (load_model(teacher).bfloat16() for _ in range(2))
+    real, fake = (load_model(teacher).to(training_dtype()) for _ in range(2))
     fake.proj_model.requires_grad_(False)
     decoder = load_light_autoencoder(autoencoder)
     return Training(

@@ -26,6 +26,7 @@ from ..avatar import load_light_autoencoder
 from ..conditioning import ImageChannels, image_channels
 from ..geometry import Geometry
 from .clips import StoredClip, read_clip
+from .common import autocast
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ def _stacked(parts: list[checkpoint.Tensors]) -> EncodedClips:
 def encode_video(autoencoder: LightAutoencoder, video: Tensor) -> Tensor:
     """[1, 3, T, H, W] -> latents float32, a second of frames at a time, in bfloat16 where the CPU is quick at it."""
     state, parts = None, []
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         for piece in (video[:, :, :1], *video[:, :, 1:].split(16, dim=2)):
             latents, state = autoencoder.encode_stream(piece, state)
             parts.append(latents.float())
@@ -185,7 +186,7 @@ def encode_video(autoencoder: LightAutoencoder, video: Tensor) -> Tensor:
 
 def picture_channels(autoencoder: LightAutoencoder, picture: Tensor) -> ImageChannels:
     """The engine's image channels of a picture [1, 3, H, W]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         return ImageChannels(image_channels(autoencoder, picture).channels.float())
 
 

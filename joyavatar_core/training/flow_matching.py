@@ -45,6 +45,7 @@ from .batches import (
     weighted_mean,
 )
 from .clips import list_clips
+from .common import training_dtype
 from .encoded import EncodedClips, LatentStore
 from .listening import load_projector
 from .sequences import Layout, Mixture, attend, sample_layout
@@ -131,7 +132,7 @@ def begin(
     return Training(
         recipe=recipe,
         out=out,
-        learner=trainer.learner(model.bfloat16(), recipe),
+        learner=trainer.learner(model.to(training_dtype()), recipe),
         data=data,
         held_out=held_out,
         policy=policy_named(recipe.policy),

@@ -33,7 +33,7 @@ from ..autoencoder import TEMPORAL
 from ..geometry import Geometry
 from .batches import weighted_mean
 from .clips import POSE_COLUMNS, clip_path, list_clips, read_pose
-from .common import kept_share, rate_scale, record
+from .common import autocast, kept_share, rate_scale, record
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
 from .listening import by_latent
@@ -230,7 +230,7 @@ def step_loss(
     starts = torch.randint(data.latents.shape[1] - recipe.frames + 1, (recipe.batch,), generator=generator)
     latents, lips = cut(data, clips, starts[:, None] + torch.arange(recipe.frames))
     strength = recipe.noise * torch.rand(recipe.batch, 1, 1, 1, 1, generator=generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         read = reader(latents + strength * torch.randn(latents.shape, generator=generator), lips)
     return lip_error(read, truth.of(data.seed[clips], lips.frames)).mean()
 

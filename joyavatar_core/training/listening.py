@@ -1,31 +1,30 @@
 """Teaches the audio projector to hear the mouth, before the transformer learns to draw it.
 
-    python -m joyavatar_core.training.listening --out DIR --minutes 8
+    python -m joyavatar_core.training.listening --out DIR --minutes 16
 
 The sound reaches a lip through six layers and four noisy steps: left to the flow loss alone, a projector at random
-finds it last, and the drawn clips are too few voices to learn hearing from. Speech is quick to make without pictures,
-so that here a linear head on the projected tokens is fitted to the true mouths of new speech at every step; what was
-heard once hardly comes again. The head is thrown away, `flow_matching` takes the projector as it is.
-
-At the end the projector is narrowed to what it was taught (`narrow`): a voice has much else to tell, and a transformer
-that hears it learns the few voices of its clips by heart.
+finds it last, and the drawn clips are too few voices to learn hearing from. Speech is quick to make without pictures:
+here thousands of clips are spoken, and the projector's readings are fitted to their true mouths. Since a transformer
+gets nothing but these readings, better ears of the same kind may take the place of others without training it again.
+`flow_matching` takes the projector as it is.
 
 In DIR: projector.safetensors (averaged), curve.jsonl.
 
-Shape legend: N clips, B batch, F latent frames, W audio tokens of a latent, K columns of the truth, D width, H hidden
-width, n latent frames of many clips.
+Shape legend: B clips of a batch, T pixel frames of a clip, those before its first latent's one included, K columns of
+the truth, C channels of a front-end token.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import logging
+import multiprocessing
 import random
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +38,7 @@ from ..config import MODELS, AudioConfig
 from ..geometry import Geometry
 from ..projectors import AudioWindowProjector
 from .augment import augment
-from .common import kept_share, rate_scale, record
+from .common import Muon, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, motion
 from .encoded import as_track
 from .speech import synthesize
@@ -47,45 +46,39 @@ from .speech import synthesize
 log = logging.getLogger(__name__)
 
 TRUTH = ("open", "wide", "teeth", "brow", "blink", "head_y")
-"""What the sound tells of a frame: columns of the truth, names of the drawn pose."""
+"""What the sound tells of a frame, the readings of the projector: columns of the truth, names of the drawn pose."""
 
+_SCALES = (0.25, 0.4, 0.3, 0.3, 0.3, 0.3)  # usual deviations
+_WEIGHTS = (1.0, 1.0, 1.0, 0.15, 0.15, 0.15)  # what of brows, lids and heads can be heard is little
+_GEOMETRY = Geometry(64, 64, Fraction(16), spatial=16)
 _FRAMES = 117
 _FIRST_SEED = 400_000_000
-_BATCH = 512  # latent frames
-_AVERAGE = 0.995
+_AVERAGE = 0.998
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """pool: clips kept in memory, the oldest leaves when one more is spoken. steps_per_clip: updates in between."""
+    """clips: spoken before training, by so many processes. batch: clips of a step. minutes: of training itself."""
 
     model: str = "tiny"
-    minutes: float = 8.0
+    minutes: float = 16.0
     seed: int = 0
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    pool: int = 1200
-    first: int = 150
-    steps_per_clip: int = 2
-    held_out: int = 40
-
-
-class Listener(nn.Module):
-    """Front-end tokens [..., W, channels] -> truth [..., temporal, K], through the model's projector."""
-
-    def __init__(self, audio: AudioConfig, temporal: int) -> None:
-        super().__init__()
-        self.temporal = temporal
-        self.projector = AudioWindowProjector(audio, nn)
-        self.head = nn.Linear(audio.tokens * audio.width, temporal * len(TRUTH))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.projector(tokens).flatten(-2)).unflatten(-1, (self.temporal, -1))
+    warmup_steps: int = 100
+    clip_norm: float = 1.0
+    clips: int = 11_000
+    processes: int = 2
+    batch: int = 8
+    held_out: int = 60
 
 
 @dataclass(frozen=True)
 class Heard:
-    """A spoken clip: tokens [F, W, channels] of the augmented sound, truth [F, temporal, K]."""
+    """A spoken clip: front-end tokens [F, W, C] of its latents in the augmented sound, truth [F, temporal, K].
+
+    Under a front end without surroundings, W = temporal, the tokens are those of consecutive frames.
+    """
 
     tokens: Tensor
     truth: Tensor
@@ -107,116 +100,151 @@ def by_latent(columns: Tensor, geometry: Geometry) -> Tensor:
     return columns[torch.tensor([f * (geometry.temporal // len(f)) for f in frames])]
 
 
+def _listen_bare(seed: int, frames: int) -> Heard:
+    """In half precision: thousands are kept."""
+    heard = listen(seed, LogMel(_GEOMETRY, before=0, after=0), _GEOMETRY, frames)
+    return Heard(heard.tokens.half(), heard.truth.half())
+
+
+@contextmanager
+def _speakers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that speak, or none for one."""
+    if processes == 1:
+        yield None
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
+        yield pool
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def speak(first_seed: int, count: int, processes: int, frames: int = _FRAMES) -> Heard:
+    """`count` clips from a seed on, stacked: tokens [N, F, temporal, C], truth [N, F, temporal, K], half precision."""
+    spoken: list[Heard] = []
+    seeds, lengths = range(first_seed, first_seed + count), [frames] * count
+    with _speakers(processes) as pool:
+        each = pool.map(_listen_bare, seeds, lengths, chunksize=25) if pool else map(_listen_bare, seeds, lengths)
+        for heard in each:
+            spoken.append(heard)
+            if len(spoken) % 1000 == 0:
+                log.info("%d of %d clips spoken", len(spoken), count)
+    return Heard(torch.stack([h.tokens for h in spoken]), torch.stack([h.truth for h in spoken]))
+
+
+def read(projector: AudioWindowProjector, audio: AudioConfig, tokens: Tensor) -> Tensor:
+    """Readings of whole clips, between silences: tokens [B, F, temporal, C] -> [B, T, K]."""
+    around = audio.reach // audio.columns
+    quiet = tokens.new_full((len(tokens), around, tokens.shape[-1]), -1.0, dtype=torch.float32)
+    return projector.read(torch.cat([quiet, tokens.flatten(1, 2).float(), quiet], dim=1))
+
+
 @torch.no_grad()
-def narrow(listener: Listener, clips: Sequence[Heard], ridge: float = 1e-3) -> None:
-    """Let the projector's hidden layer tell nothing but what its best linear reading of the truth rests on.
-
-    Hidden numbers [n, H] are replaced by what is to be expected of them given that reading. Both are linear, so that
-    they go into the weights of the last layer and nothing else changes.
-    """
-    hidden: list[Tensor] = []
-    last = listener.projector.proj_out
-    hook = last.register_forward_hook(lambda _layer, inputs, _output: hidden.append(inputs[0].flatten(0, -2)))
-    for clip in clips:
-        listener.projector(clip.tokens)
-    hook.remove()
-    x, truth = torch.cat(hidden).double(), torch.cat([clip.truth for clip in clips]).flatten(1).double()
-    mean = x.mean(0)
-    x, truth = x - mean, truth - truth.mean(0)
-    spread = x.T @ x / len(x)
-    reading = torch.linalg.solve(
-        spread + ridge * spread.diagonal().mean() * torch.eye(len(spread)), x.T @ truth / len(x)
-    )
-    read = x @ reading  # [n, t K]
-    scale = read.square().mean(0).sqrt().clamp(min=1e-9)
-    read, reading = read / scale, reading / scale
-    own = read.T @ read / len(x) + 1e-6 * torch.eye(read.shape[1])
-    kept = (reading @ torch.linalg.solve(own, read.T @ x / len(x))).T  # [H, H]
-    weight = last.weight.double()
-    last.bias.add_((weight @ (mean - kept @ mean)).float())
-    last.weight.copy_((weight @ kept).float())
-
-
-@torch.no_grad()
-def explained(listener: Listener, clips: Sequence[Heard]) -> dict[str, float]:
+def explained(projector: AudioWindowProjector, audio: AudioConfig, clips: Heard) -> dict[str, float]:
     """R2 of each column of the truth, as `heard_open` and so on."""
-    truth = torch.cat([clip.truth for clip in clips]).flatten(0, 1)
-    read = listener(torch.cat([clip.tokens for clip in clips])).flatten(0, 1)
-    share = (read - truth).square().sum(0) / (truth - truth.mean(0)).square().sum(0).clamp(min=1e-6)
+    truth = clips.truth.flatten(0, 2).float()
+    told = torch.cat([read(projector, audio, part) for part in clips.tokens.split(16)]).flatten(0, 1)
+    share = (told - truth).square().sum(0) / (truth - truth.mean(0)).square().sum(0).clamp(min=1e-6)
     return {f"heard_{name}": round(1 - float(value), 3) for name, value in zip(TRUTH, share, strict=True)}
 
 
-def step(listener: Listener, optimiser: torch.optim.Optimizer, clips: Sequence[Heard], random_: random.Random) -> float:
-    """One update on latent frames from the whole pool; its mean squared error."""
-    chosen = random_.choices(clips, k=_BATCH // 8)
-    rows = [torch.randint(len(clip.truth), (8,)) for clip in chosen]
-    tokens = torch.cat([clip.tokens[r] for clip, r in zip(chosen, rows, strict=True)])
-    truth = torch.cat([clip.truth[r] for clip, r in zip(chosen, rows, strict=True)])
-    loss = (listener(tokens) - truth).square().mean()
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-    return loss.item()
+@torch.no_grad()
+def spread(projector: AudioWindowProjector, audio: AudioConfig, clips: Heard, seed: int) -> None:
+    """Lay the readings of a latent out over its tokens: each, in its usual deviations, along a direction of its own.
+
+    A constant beside them keeps the tokens' norm from taking their size away.
+    """
+    told = torch.cat([read(projector, audio, part) for part in clips.tokens.split(16)])
+    latents = told.unflatten(1, (-1, audio.frames_read)).flatten(2).flatten(0, 1)  # [n, frames_read K]
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.empty_like(projector.proj.weight)
+    nn.init.orthogonal_(weight, generator=generator)
+    weight *= (len(weight) / weight.shape[1]) ** 0.5 / latents.std(0).clamp(min=1e-3)
+    projector.proj.weight.copy_(weight)
+    projector.proj.bias.copy_(torch.randn(len(weight), generator=generator) - weight @ latents.mean(0))
+
+
+# Training
+
+
+class Listening:
+    """A projector in training, its average, and the optimisers: Muon for the inner convolutions."""
+
+    def __init__(self, recipe: Recipe, projector: AudioWindowProjector, audio: AudioConfig) -> None:
+        self.recipe, self.projector, self.audio, self.steps = recipe, projector, audio, 0
+        self.average = copy.deepcopy(projector).requires_grad_(False)
+        inner = [conv.weight for conv in projector.convs]
+        outer = [*projector.conv_in.parameters(), *projector.conv_out.parameters()]
+        rest = [*outer, *(conv.bias for conv in projector.convs)]
+        decay = recipe.weight_decay
+        self.optimisers = (
+            torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=decay),
+            Muon(inner, lr=recipe.learning_rate, weight_decay=decay),
+        )
+
+    def step(self, clips: Heard, progress: float) -> float:
+        """One update on clips of a batch; its loss."""
+        error = read(self.projector, self.audio, clips.tokens) - clips.truth.flatten(1, 2).float()
+        loss = ((error / torch.tensor(_SCALES)).square() * torch.tensor(_WEIGHTS)).mean()
+        self.projector.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.projector.parameters(), self.recipe.clip_norm)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = self.recipe.learning_rate * rate_scale(self.steps, self.recipe.warmup_steps, progress)
+            optimiser.step()
+        self._follow()
+        self.steps += 1
+        return loss.item()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        keep = kept_share(_AVERAGE, self.steps)
+        for slow, fast in zip(self.average.parameters(), self.projector.parameters(), strict=True):
+            slow.lerp_(fast, 1 - keep)
 
 
 def train(recipe: Recipe, out: Path, start: Path | None = None) -> dict[str, float]:
-    """Train for recipe.minutes of wall-clock time and leave projector.safetensors in `out`; the held-out figures.
+    """Speak, train for recipe.minutes of wall-clock time, leave projector.safetensors in `out`; held-out figures.
 
-    start: projector to go on from.
+    start: projector to go on from, whose readings keep their places in the tokens.
     """
     out.mkdir(parents=True, exist_ok=True)
     audio = MODELS[recipe.model].audio
-    if audio is None or audio.kind != "window":
-        raise ValueError(f"model {recipe.model} has no projector of log-mel windows: listening is for those that have")
+    if audio is None or audio.kind != "window" or audio.readings != len(TRUTH):
+        raise ValueError(
+            f"model {recipe.model} has no projector of log-mel windows with {len(TRUTH)} readings: listening is for "
+            "those that have"
+        )
     torch.manual_seed(recipe.seed)
-    geometry = Geometry(64, 64, Fraction(16), spatial=16)
-    listener, front_end = Listener(audio, geometry.temporal), LogMel(geometry)
+    projector = AudioWindowProjector(audio, nn)
     if start:
-        load_projector(start, listener.projector)
-    held_out = [listen(HELD_OUT_SEED + 50_000_000 + i, front_end, geometry) for i in range(recipe.held_out)]
-    average = copy.deepcopy(listener)
-    spoken = (listen(_FIRST_SEED + recipe.seed + i, front_end, geometry) for i in itertools.count())
-    steps, pool = _loop(recipe, out, listener, average, spoken, held_out)
-    figures = explained(average, held_out)
-    narrow(average, pool)
-    figures |= {f"narrowed_{name}": value for name, value in explained(average, held_out).items()}
-    clips = recipe.first + steps // recipe.steps_per_clip
-    record(out / "curve.jsonl", {"step": steps, "clips": clips, **figures})
-    notes = {"steps": steps, "clips": clips, "first_seed": _FIRST_SEED + recipe.seed, **figures}
+        load_projector(start, projector)
+    held_out = speak(HELD_OUT_SEED + 140_000_000, recipe.held_out, 1, _FRAMES)
+    pool = speak(_FIRST_SEED + recipe.seed, recipe.clips, recipe.processes, _FRAMES)
+    state = Listening(recipe, projector, audio)
+    _loop(state, out, pool, held_out)
+    if not start:
+        spread(state.average, audio, Heard(pool.tokens[:200], pool.truth[:200]), recipe.seed)
+    figures = explained(state.average, audio, held_out)
+    record(out / "curve.jsonl", {"step": state.steps, "clips": recipe.clips, **figures})
+    notes = {"steps": state.steps, "clips": recipe.clips, "first_seed": _FIRST_SEED + recipe.seed, **figures}
     metadata = {"kind": "audio_projector", "recipe": checkpoint.config_to_json(recipe), "notes": str(notes)}
-    checkpoint.write(out / "projector.safetensors", average.projector.state_dict(), metadata)
+    checkpoint.write(out / "projector.safetensors", state.average.state_dict(), metadata)
     return figures
 
 
-def _loop(
-    recipe: Recipe, out: Path, listener: Listener, average: Listener, spoken: Iterator[Heard], held_out: Sequence[Heard]
-) -> tuple[int, Sequence[Heard]]:
-    """Steps made, and the clips heard last."""
-    optimiser = torch.optim.AdamW(listener.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    random_ = random.Random(recipe.seed)
-    pool: deque[Heard] = deque(itertools.islice(spoken, recipe.first), maxlen=recipe.pool)
-    start, steps, clips, losses = time.monotonic(), 0, recipe.first, 0.0
-    while (progress := (time.monotonic() - start) / (60 * recipe.minutes)) < 1:
-        pool.append(next(spoken))
-        clips += 1
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * rate_scale(steps, 50, progress)
-        for _ in range(recipe.steps_per_clip):
-            losses += step(listener, optimiser, pool, random_)
-            _follow(average, listener, steps)
-            steps += 1
-        if steps % 500 == 0:
-            line = {"step": steps, "minutes": round(progress * recipe.minutes, 2), "loss": round(losses / 500, 4)}
-            record(out / "curve.jsonl", {**line, "clips": clips, **explained(average, held_out)})
+def _loop(state: Listening, out: Path, pool: Heard, held_out: Heard) -> None:
+    random_, losses, minutes = random.Random(state.recipe.seed), 0.0, state.recipe.minutes
+    start = time.monotonic()
+    while (progress := (time.monotonic() - start) / (60 * minutes)) < 1:
+        rows = torch.tensor(random_.choices(range(len(pool.truth)), k=state.recipe.batch))
+        losses += state.step(Heard(pool.tokens[rows], pool.truth[rows]), progress)
+        if state.steps % 250 == 0:
+            line = {"step": state.steps, "minutes": round(progress * minutes, 2), "loss": round(losses / 250, 4)}
+            record(out / "curve.jsonl", {**line, **explained(state.average, state.audio, held_out)})
             losses = 0.0
-    return steps, pool
-
-
-@torch.no_grad()
-def _follow(average: Listener, listener: Listener, steps: int) -> None:
-    keep = kept_share(_AVERAGE, steps)
-    for slow, fast in zip(average.parameters(), listener.parameters(), strict=True):
-        slow.lerp_(fast, 1 - keep)
 
 
 def load_projector(path: Path, projector: nn.Module) -> None:
@@ -228,14 +256,16 @@ def load_projector(path: Path, projector: nn.Module) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Teach the audio projector to hear mouths.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=Recipe.minutes)
+    parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="of training, after speaking")
+    parser.add_argument("--clips", type=int, default=Recipe.clips, help="spoken before it")
+    parser.add_argument("--processes", type=int, default=Recipe.processes, help="that speak")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--initial", type=Path, help="projector.safetensors to go on from")
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    recipe = Recipe(minutes=options.minutes, seed=options.seed, learning_rate=options.learning_rate)
-    train(recipe, options.out, options.initial)
+    out, initial = options.pop("out"), options.pop("initial")
+    train(Recipe(**options), out, initial)
 
 
 if __name__ == "__main__":

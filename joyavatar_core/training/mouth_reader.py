@@ -1,6 +1,6 @@
 """Trains the mouth reader on drawn frames, on one thread of a CPU, within a budget of wall-clock time.
 
-    python -m joyavatar_core.training.mouth_reader --out DIR --minutes 15 [--resume]
+    python -m joyavatar_core.training.mouth_reader --out DIR --minutes 15 [--initial FILE] [--resume]
 
 Frames are drawn as training goes: a pool of clips, of which the oldest are replaced at every step. Half of the mouths
 come from speech, half from chance, so that opening, width and teeth are not read from one another. Frames are
@@ -44,7 +44,7 @@ from ..measures.mouth_reader import (
 )
 from ..measures.statistics import r_squared
 from .clips import SIZES
-from .common import Weights, rate_scale, record
+from .common import Muon, Weights, autocast, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
 from .drawn.layers import opencv
 from .speech import synthesize
@@ -52,11 +52,12 @@ from .speech import synthesize
 log = logging.getLogger(__name__)
 
 QUANTITIES = ("open", "wide", "teeth", "blink")
-_FRAMES = 8  # of a clip
+_FRAMES = 16  # of a clip: enough to know the person by
 _FACE = Crop(168, 156, 84.0)  # what the pool keeps of a frame, upright
 _SCALES = torch.tensor([0.25, 0.5, 0.25, 0.08, 0.08])  # deviations: open, wide, teeth, and the two offsets
 _EYE_SCALES = torch.tensor([0.3, 0.08, 0.08])
 _OFFSET_WEIGHT = 0.15
+_OUTER = ("locator.entry.0", "locator.heat", "mouth.layers.0", "mouth.head.3", "eyes.layers.0", "eyes.head.3")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Recipe:
 
     seed: int = 800
     minutes: float = 15.0
-    clips: int = 20
+    clips: int = 10
     fresh: int = 1
     pool: int = 240
     speeches: int = 24
@@ -123,7 +124,7 @@ def random_poses(rng: np.random.Generator, spoken: tuple[Pose, ...], count: int)
     poses = [spoken[i] for i in rng.integers(len(spoken), size=count)]
     if rng.random() < 0.5:
         most, round_, spread = rng.uniform(0.1, 1.0) ** 0.5, -rng.uniform(0, 1), rng.uniform(0, 1)
-        shut = rng.random() < 0.3  # then a third of the frames rest
+        shut = rng.random() < 0.6  # then a third of the frames rest
         for i in range(count):
             if not (shut and rng.random() < 0.35):
                 mouth = (rng.uniform(0, most), rng.uniform(round_, spread), rng.uniform(0, 1) ** 1.5)
@@ -306,7 +307,7 @@ class Training:
     recipe: Recipe
     out: Path
     weights: Weights
-    optimiser: torch.optim.Optimizer
+    optimisers: tuple[torch.optim.Optimizer, ...]
     steps: int = 0
     session_steps: int = 0
     spent: float = 0.0
@@ -320,14 +321,15 @@ class Training:
 def step(state: Training, reader: MouthReader, pool: Pool, rng: np.random.Generator) -> None:
     """Draw, learn, publish."""
     pool.refresh(state.recipe.fresh)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         losses = loss_of(reader, pool.batch(rng), rng)
     torch.stack(list(losses.values())).sum().backward()
     state.weights.clip(state.weights.collect(), state.recipe.clip_norm)
     rate = state.recipe.learning_rate * rate_scale(state.session_steps, state.recipe.warmup_steps, state.progress)
-    for group in state.optimiser.param_groups:
-        group["lr"] = rate
-    state.optimiser.step()
+    for optimiser in state.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
     state.steps, state.session_steps = state.steps + 1, state.session_steps + 1
     state.weights.publish(state.steps)
     for name, value in losses.items():
@@ -386,20 +388,28 @@ def averaged(state: Training) -> MouthReader:
     return checkpoint.load_into(MouthReader(), {n: t.clone() for n, t in state.weights.average.items()}, "average")
 
 
-def train(recipe: Recipe, out: Path, go_on: bool = False) -> dict[str, float]:
-    """Train for recipe.minutes (all sessions together); figures on held-out frames: see `measure`."""
+def optimisers(recipe: Recipe, weights: Weights) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for all matrices and convolutions but the first and last of each part, AdamW for the rest."""
+    inner = {n for n, p in weights.master.items() if p.dim() > 1 and not n.startswith(_OUTER)}
+    rest = [p for n, p in weights.master.items() if n not in inner]
+    decay = recipe.weight_decay
+    adam = torch.optim.AdamW(rest, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    return adam, Muon([weights.master[n] for n in inner], lr=recipe.learning_rate, weight_decay=decay)
+
+
+def train(recipe: Recipe, out: Path, go_on: bool = False, start: Path | None = None) -> dict[str, float]:
+    """Train for recipe.minutes (all sessions together); figures on held-out frames: see `measure`.
+
+    start: a finished reader to begin with.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     reader = MouthReader()
+    if start:
+        checkpoint.load_into(reader, checkpoint.read(start)[0], "mouth reader")
+        reader.float()
     weights = Weights(reader, recipe.ema)
-    optimiser = torch.optim.AdamW(
-        weights.master.values(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    state = Training(recipe, out, weights, optimiser)
+    state = Training(recipe, out, weights, optimisers(recipe, weights))
     if go_on:
         resume(state)
     clips = held_out_clips(recipe.held_out)
@@ -432,11 +442,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=Recipe.minutes, help="all sessions together")
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="first seed drawn, in millions")
+    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
+    parser.add_argument("--initial", type=Path, help="a finished reader to begin with, e.g. the one in the package")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    train(Recipe(seed=options.seed, minutes=options.minutes), options.out, options.resume)
+    recipe = Recipe(seed=options.seed, minutes=options.minutes, learning_rate=options.learning_rate)
+    train(recipe, options.out, options.resume, options.initial)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from .batches import (
     x0_error,
 )
 from .clips import list_clips
-from .common import record
+from .common import record, training_dtype
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
 from .lips import LipLoss, Lips, load_lip_loss
@@ -158,7 +158,7 @@ def begin(
     model = load_model(start or store.teacher, attention=attend)
     if projector:
         load_projector(projector, model.proj_model)
-    model = model.bfloat16()
+    model = model.to(training_dtype())
     model.proj_model.requires_grad_(False)
     return Training(
         recipe=recipe,
@@ -173,7 +173,7 @@ def begin(
 
 def make_pairs(store: PairStore, data: tuple[EncodedClips, ...], spatial: int) -> None:
     """The trajectories of all clips; spatial: pixels of a latent cell."""
-    model = load_model(store.teacher).bfloat16().eval().requires_grad_(False)
+    model = load_model(store.teacher).to(training_dtype()).eval().requires_grad_(False)
     for clips in data:
         height, width = (cells * spatial for cells in clips.latents.shape[-2:])
         geometry = Geometry(

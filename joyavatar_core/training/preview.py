@@ -27,6 +27,7 @@ from ..model import JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Condition, Rollout
 from .clips import clip_path, read_clip
+from .common import autocast
 from .encoded import EncodedClips, as_video
 
 _PATCH = 10
@@ -81,7 +82,7 @@ def roll_out(model: JoyAvatarDiT, policy: RolloutPolicy, show: Preview, clip: in
 def decode(autoencoder: LightAutoencoder, latents: Tensor) -> Tensor:
     """[1, C, F, h, w] -> [3, T, H, W] float32 in [-1, 1], in bfloat16 inside, a few latents at a time."""
     state, parts = None, []
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         for piece in latents.float().split(6, dim=2):
             video, state = autoencoder.decode_stream(piece, state)
             parts.append(video.float())

@@ -196,7 +196,7 @@ def make_optimisers(recipe: Recipe, weights: Weights, rate: float) -> list[torch
 
 def save_transformer(path: Path, model: JoyAvatarDiT, recipe: Recipe, notes: dict[str, Any]) -> None:
     """Weights with all that is needed to use them and to know where they come from, as JSON in the metadata."""
-    checkpoint.write(path, model.state_dict(), metadata(model, recipe, notes))
+    checkpoint.write(path, {n: t.bfloat16() for n, t in model.state_dict().items()}, metadata(model, recipe, notes))
 
 
 def metadata(model: JoyAvatarDiT, recipe: Recipe, notes: dict[str, Any]) -> dict[str, str]:

@@ -40,6 +40,7 @@ class AudioWindowProjector(nn.Module):
     def __init__(self, config: AudioConfig, ops: Any) -> None:
         super().__init__()
         self.tokens, self.columns, step = config.tokens, config.columns, config.columns // 2
+        self.dilations = config.dilations
         channels, numbers = config.channels, config.frames_read * config.readings
         self.conv_in = ops.Conv1d(config.features // config.columns, channels, step + 4, stride=step)
         self.convs = nn.ModuleList(ops.Conv1d(channels, channels, 3, dilation=d) for d in config.dilations)
@@ -50,8 +51,7 @@ class AudioWindowProjector(nn.Module):
     def read(self, tokens: Tensor) -> Tensor:
         """Tokens of consecutive pixel frames [n, W, C] -> readings [n, W less both reaches, readings]."""
         x = self.conv_in(tokens.unflatten(-1, (self.columns, -1)).flatten(1, 2).transpose(1, 2))
-        for conv in self.convs:
-            reach = conv.dilation[0]
+        for conv, reach in zip(self.convs, self.dilations, strict=True):
             x = x[..., reach:-reach] + conv(nn.functional.silu(x))
         return self.conv_out(nn.functional.silu(x)).transpose(1, 2)
 

@@ -174,13 +174,12 @@ class Listening:
     def __init__(self, recipe: Recipe, projector: AudioWindowProjector, audio: AudioConfig) -> None:
         self.recipe, self.projector, self.audio, self.steps = recipe, projector, audio, 0
         self.average = copy.deepcopy(projector).requires_grad_(False)
-        inner = [conv.weight for conv in projector.convs]
-        outer = [*projector.conv_in.parameters(), *projector.conv_out.parameters()]
-        rest = [*outer, *(conv.bias for conv in projector.convs)]
+        inner = {n: p for n, p in projector.named_parameters() if n.startswith("convs.") and n.endswith(".weight")}
+        rest = [p for n, p in projector.named_parameters() if n.startswith("conv") and n not in inner]
         decay = recipe.weight_decay
         self.optimisers = (
             torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=decay),
-            Muon(inner, lr=recipe.learning_rate, weight_decay=decay),
+            Muon(inner.values(), lr=recipe.learning_rate, weight_decay=decay),
         )
 
     def step(self, clips: Heard, progress: float) -> float:

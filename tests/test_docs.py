@@ -121,7 +121,7 @@ def test_training_commands_exist() -> None:
             known = re.search(rf'add_argument\(\s*"{word}"', source)
             assert not word.startswith("--") or known, (words[2], word)
         found += 1
-    assert found == 12
+    assert found == 14
 
 
 # Python
@@ -209,7 +209,7 @@ def on_meta(make, *args: object) -> nn.Module:
 
 def expand(pattern: str, counts: dict[str, int]) -> Iterator[str]:
     """`{a,b}` and the counters of a pattern, multiplied out."""
-    parts = re.split(r"(\{[^}]*\}|(?<=\.)[NMJI](?=\.))", pattern)
+    parts = re.split(r"(\{[^}]*\}|(?<=\.)[NMJIL](?=\.))", pattern)
     choices = [
         p[1:-1].split(",") if p.startswith("{") else map(str, range(counts[p])) if p in counts else [p] for p in parts
     ]

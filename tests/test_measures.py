@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from joyavatar_core import checkpoint
 from joyavatar_core.measures import mouth_reader as reader_file
 from joyavatar_core.measures import pictures, statistics
-from joyavatar_core.measures.mouth_reader import WEIGHTS, Crop, MouthReader, cut, letterbox, load_mouth_reader, turned
+from joyavatar_core.measures.mouth_reader import (
+    WEIGHTS,
+    Crop,
+    MouthReader,
+    Place,
+    cut,
+    frame_pieces,
+    letterbox,
+    load_mouth_reader,
+    turned,
+)
 from joyavatar_core.training import mouth_reader as trainer
 from joyavatar_core.training.drawn import Avatar, Pose, render
 
@@ -256,6 +266,20 @@ def test_no_frame_knows_its_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(shuffled.place, ordered.place[order], rtol=1e-4, atol=1e-3)
     alone = reader.read(video[:1])
     assert not torch.allclose(alone.wide[0], ordered.wide[0], atol=1e-6)  # but the person is heard in all frames
+
+
+def test_a_mouth_reads_in_a_mirror_as_it_is() -> None:
+    """The ten looks are five places, symmetric, and their mirrors: none of them is to be preferred."""
+    reader, video = load_mouth_reader(), torch.rand(3, 2, 90, 120, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    mouth, eyes = torch.tensor([[50.0, 60.0], [52.0, 61.0]]), torch.tensor([[48.0, 30.0], [49.0, 30.0]])
+    place = Place(mouth, eyes)
+    mirrored = Place(*(torch.stack([119 - p[:, 0], p[:, 1]], 1) for p in (mouth, eyes)))
+    with torch.no_grad():
+        here = reader._told(frame_pieces(video), place)
+        there = reader._told(frame_pieces(video.flip(-1)), mirrored)
+        once = reader._look(frame_pieces(video), place)[0][:, :3]
+    assert here.shape == (2, 3) and torch.allclose(here, there, atol=1e-4)
+    assert not torch.allclose(here, once, atol=1e-3)
 
 
 @pytest.mark.parametrize(

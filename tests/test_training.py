@@ -252,6 +252,16 @@ def test_muon_descends():
     assert (p - target).norm() < 0.2 * target.norm()
 
 
+def test_muon_takes_a_convolution_for_a_matrix():
+    generator = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(2, 6, 4, 3, generator=generator)
+    kernel, matrix = nn.Parameter(weight.clone()), nn.Parameter(weight.flatten(1).clone())
+    kernel.grad, matrix.grad = gradient.clone(), gradient.flatten(1).clone()
+    common.Muon([kernel], lr=0.05).step()
+    common.Muon([matrix], lr=0.05).step()
+    assert torch.equal(kernel.flatten(1), matrix) and not torch.equal(kernel, weight)
+
+
 # Hearing
 
 GEOMETRY = Geometry(64, 64, spatial=16)
@@ -459,7 +469,7 @@ def test_the_whole_training_runs_and_goes_on(drawn: Path, weights: Path, tmp_pat
     assert {"all_1000", "mouth_250", "deaf_1000", "start"} <= set(measured)
     assert set(shown) == {"step", "minutes", "sync", "ruler", "drift"} and (tmp_path / "preview.png").exists()
     assert load_model(tmp_path / "transformer.safetensors").config == MODELS["small"]
-    longer = replace(recipe, minutes=1.5 / 60)
+    longer = replace(recipe, minutes=4 / 60)
     start = partial(flow_matching.begin, longer, tmp_path)
     flow_matching.train(longer, tmp_path, drawn, weights, start, again=True)
     again = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])

@@ -241,7 +241,7 @@ def test_new_speech_brings_its_lips(tmp_path: Path, files: tuple[Path, Path]):
     given = dmd.conditions(state.data[0], torch.arange(2), 6, (4, 4), state.recipe)
     anew = dmd.spoken_anew(given, 6, random.Random(1))
     assert anew.inputs.picture is given.inputs.picture and anew.weights is given.weights
-    assert anew.inputs.audio is not None and anew.inputs.audio.shape == (2, 6, 10, 256)
+    assert anew.inputs.audio is not None and anew.inputs.audio.shape == (2, 6, 16, 256)
     assert anew.lips is not None and anew.lips.wanted is not None and anew.lips.wanted.shape == (2, 6, 4, 3)
     again, other = (dmd.spoken_anew(given, 6, random.Random(seed)) for seed in (1, 2))
     assert again.inputs.audio is not None and torch.equal(again.inputs.audio, anew.inputs.audio)

@@ -72,7 +72,7 @@ class Folder:
     def task(self, out: Path, **changes: Any) -> Task:
         video = replace(OPTIONS, **changes.pop("video", {}))
         sources = list_sources(self.path, "a calm speaker")
-        task = Task(out, CONTENT, sources, video, self.known, shard_bytes=60_000, faces=command._read_face)
+        task = Task(out, CONTENT, sources, video, self.known, shard_bytes=90_000, faces=command._read_face)
         return replace(task, **changes)
 
 
@@ -162,7 +162,7 @@ def test_a_sample_holds_what_its_facts_say(folder: Folder, made: tuple[Path, Rep
     latents = encode_video(folder.encoders.autoencoder, clips_as_video(frames))  # pyright: ignore
     assert torch.equal(tensors["latents"], latents[0].transpose(0, 1).half())
     assert tensors["latents"].shape == (LATENTS, 16, 4, 4) and tensors["image"].shape[1:] == (16, 4, 4)
-    assert tensors["audio"].shape == (LATENTS, 10, 256) and tensors["audio_valid"].all()
+    assert tensors["audio"].shape == (LATENTS, 16, 256) and tensors["audio_valid"].all()
     whole = video.sound(path, video.probe(path).start, video.probe(path).start + 3)
     part = tensors["sound"].float() / 32767
     assert len(part) == round((FRAMES / FPS + 0.5) * SAMPLE_RATE)
@@ -262,7 +262,7 @@ def test_a_kill_loses_the_shard_in_the_making_only(
         (out / "sources" / plan.name).write_text(json.dumps({**facts, "refused": {}}))
     root = str(Path(__file__).parent.parent)
     words = [sys.executable, "-c", KILLED, root, str(folder.path), str(folder.autoencoder), str(out)]
-    assert subprocess.run(words, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode == 9
+    assert subprocess.run(words, cwd=root, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}).returncode == 9
     left = shards(out)
     finished = {name for name in left if name.endswith(".tar")}
     assert finished and any(name.endswith(".part") for name in left)
@@ -352,7 +352,7 @@ def test_shards_are_plain_webdataset(made: tuple[Path, Report, Counted]) -> None
         keys = [name.split(".", 1) for name in names]
         assert [suffix for _, suffix in keys] == ["safetensors", "json"] * (len(names) // 2)
         assert all(keys[i][0] == keys[i + 1][0] for i in range(0, len(keys), 2))
-        assert path.stat().st_size <= 60_000 + 1024
+        assert path.stat().st_size <= 90_000 + 1024
 
 
 def small_shards(out: Path, count: int, size: int = 4, text: bool = False) -> Path:

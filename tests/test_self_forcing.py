@@ -63,7 +63,7 @@ def inputs(batch: int = 1, blocks: int = 9) -> Inputs:
     """Pictures and sounds of clips; the first are the same in a batch of any size."""
     made = [torch.Generator().manual_seed(5 + clip) for clip in range(batch)]
     channels = torch.stack([torch.randn(8, 30, *GEOMETRY.latent_size, generator=g, dtype=torch.float64) for g in made])
-    audio = torch.stack([torch.randn(3 * blocks, 3, 6, generator=g, dtype=torch.float64) for g in made])
+    audio = torch.stack([torch.randn(3 * blocks, 5, 6, generator=g, dtype=torch.float64) for g in made])
     return Inputs(reference_tokens(channels[:, 4:, 0], SMALL.patch), ImageChannels(channels), audio)
 
 

@@ -35,7 +35,7 @@ RATE = 22050
 def make_stream(seed: int = 0, hears: str = "log-mel", policy: RolloutPolicy | None = None) -> AvatarStream:
     """A stream of the small model at 32x32 with a random picture; policy: None for the paper's."""
     policy = policy or RolloutPolicy()
-    torch.manual_seed(7)
+    torch.manual_seed(10)
     autoencoder = LightAutoencoder(
         AutoencoderConfig(
             latent_channels=4,

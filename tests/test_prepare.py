@@ -262,7 +262,8 @@ def test_a_kill_loses_the_shard_in_the_making_only(
         (out / "sources" / plan.name).write_text(json.dumps({**facts, "refused": {}}))
     root = str(Path(__file__).parent.parent)
     words = [sys.executable, "-c", KILLED, root, str(folder.path), str(folder.autoencoder), str(out)]
-    assert subprocess.run(words, cwd=root, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}).returncode == 9
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # float32 rounds by the threads
+    assert subprocess.run(words, cwd=root, env=environment).returncode == 9
     left = shards(out)
     finished = {name for name in left if name.endswith(".tar")}
     assert finished and any(name.endswith(".part") for name in left)

@@ -295,7 +295,7 @@ def _build(kind: Any, value: Any) -> Any:
         return kind(**{k: _build(hints[k], v) for k, v in value.items()})  # pyright: ignore[reportCallIssue]
     if typing.get_origin(kind) in (typing.Union, types.UnionType) and value is not None:
         return _build(next(a for a in typing.get_args(kind) if a is not type(None)), value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_build(object, item) for item in value) if isinstance(value, list) else value
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class AudioConfig:
     features: channels of a front-end token. width: channels after the projector.
     window: tokens per latent frame that the front end gives; columns: of the spectrogram in a token; tokens: how many
         the mixing leaves; channels: its width; dilations: of its convolutions; readings: numbers it passes on of each
-        pixel frame ("window" only).
+        pixel frame; limits: least and most of each, and of those that are drawn besides (`manner`), or none
+        ("window" only).
     scale: weight of the audio term in the cross-attention sum.
     """
 
@@ -33,6 +34,7 @@ class AudioConfig:
     channels: int = 0
     dilations: tuple[int, ...] = ()
     readings: int = 0
+    limits: tuple[tuple[float, float], ...] = ()
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,6 +46,8 @@ class AudioConfig:
     def _check_window(self) -> None:
         if min(self.tokens, self.channels, self.readings) < 1:
             raise ValueError(f"{self}: a window projector needs tokens, channels and readings of at least 1")
+        if self.limits and len(self.limits) < self.readings:
+            raise ValueError(f"{len(self.limits)} limits of {self.readings} readings: each needs its own")
         if self.columns < 2 or self.columns % 2 or self.features % self.columns:
             raise ValueError(
                 f"{self.columns} columns of a token: must be even, and features {self.features} a multiple of them"
@@ -53,6 +57,11 @@ class AudioConfig:
                 f"a window of {self.window} tokens of {self.columns} columns: the convolutions take {self.reach} "
                 "columns at either end, and whole tokens must be left"
             )
+
+    @property
+    def told(self) -> int:
+        """Numbers of a pixel frame that a "window" projector lays out: its readings and those that are drawn."""
+        return len(self.limits) or self.readings
 
     @property
     def reach(self) -> int:

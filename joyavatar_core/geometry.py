@@ -71,6 +71,11 @@ class Geometry:
         """Pixel frames of one latent frame: frame 0 for latent 0, else 4i-3 .. 4i."""
         return range(self.frames_of_latents(latent), self.frames_of_latents(latent + 1))
 
+    def frames_told(self, latent: int) -> tuple[int, ...]:
+        """`temporal` pixel frames of a latent frame: those it holds, the one of latent 0 repeated."""
+        frames = self.frames_of_latent(latent)
+        return tuple(frame for frame in frames for _ in range(self.temporal // len(frames)))
+
     def latents_of_block(self, block: int) -> range:
         """Latent frames that a block shows; block 0 those that are given before it as well."""
         start = self.first_latent + block * self.block_latents

@@ -415,19 +415,27 @@ class JoyAvatarDiT(nn.Module):
             parts["face"] = tuple(a.face_kv(tokens) for a in attend)
         return ConditionKV(**parts)
 
-    def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
+    def audio(self, tokens: Tensor, valid: Tensor | None = None, manner: Tensor | None = None) -> AudioKV:
         """Front-end tokens [B, F, W, C], valid [F, W] or [B, F, W] -> keys and values: computed once per block.
+
+        manner [B, F, T, K]: what is drawn beside what is heard, for models that are told it (`AudioConfig.limits`).
 
         Packed audio ("added") gives one [B, F, 1, D] for each of `config.audio_layers` instead.
         """
         if self._adds:
             packed = self.audio_proj(tokens).unsqueeze(2)
             return AudioKV(tuple((project(packed),) for project in self.audio_cond_projs), None)
-        projected = self.proj_model(tokens)
         if self.config.audio and self.config.audio.kind == "window":
-            valid = None  # the projector has mixed the tokens
-        layers = tuple(cast(Block, b).cross_attn.audio_kv(projected) for b in self.blocks)
-        return AudioKV(layers, valid)
+            return self.audio_of(self.proj_model(tokens, manner))  # the projector has mixed the tokens: all are valid
+        return self.audio_of(self.proj_model(tokens), valid)
+
+    def told(self, readings: Tensor) -> AudioKV:
+        """Readings [B, F, T, K] in place of front-end tokens (`AudioWindowProjector`) -> keys and values."""
+        return self.audio_of(cast(AudioWindowProjector, self.proj_model).lay_out(readings))
+
+    def audio_of(self, projected: Tensor, valid: Tensor | None = None) -> AudioKV:
+        """Projected tokens [B, F, W, D] -> keys and values."""
+        return AudioKV(tuple(cast(Block, b).cross_attn.audio_kv(projected) for b in self.blocks), valid)
 
     def forward(
         self,

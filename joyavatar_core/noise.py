@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Purpose = Literal["latents", "motion", "reference"]
+Purpose = Literal["latents", "motion", "reference", "manner"]
 
 
 def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose: Purpose = "latents") -> Tensor:
@@ -24,7 +24,8 @@ def gaussian(seed: int, block: int, forward: int, shape: Sequence[int], purpose:
         seed: of the stream, 0 <= seed < 2**64.
         block: block the noise belongs to.
         forward: how many denoising steps that block had before.
-        purpose: "latents" for a block's own noise, "motion" for the motion frame before it.
+        purpose: "latents" for a block's own noise, "motion" for the motion frame before it, "manner" for what a person
+            does that no sound tells (there block and forward are places of its own).
     """
     generator = torch.Generator().manual_seed(_number(seed, block, forward, purpose) >> 1)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")

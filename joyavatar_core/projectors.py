@@ -3,7 +3,8 @@
 Key names: `proj_model.*` as FantasyTalking's audio projector; `audio_proj.*` as OmniAvatar's; `img_emb.*` as Wan2.1
 I2V; `face_proj.*` as the perceiver resampler of FantasyPortrait and Lynx.
 
-Shape legend: B batch, F latent frames, W audio tokens of a latent frame, L tokens, C channels, D width.
+Shape legend: B batch, F latent frames, W audio tokens of a latent frame, T pixel frames of a latent, K readings,
+L tokens, C channels, D width.
 """
 
 from __future__ import annotations
@@ -33,15 +34,17 @@ class AudioWindowProjector(nn.Module):
     """The log-mel window of a latent frame, heard: [B, F, W, C] -> [B, F, tokens, D].
 
     A token is `columns` columns of the spectrogram. Convolutions along them, none of them padded, say a few numbers of
-    each pixel frame of the latent, whose place in the window does not matter; these alone go on. A voice has much else
-    to tell, and a transformer that hears it learns the few voices of its clips by heart.
+    each pixel frame of the latent, whose place in the window does not matter; these alone go on, and beside them what
+    is drawn of the frame (`manner`). A voice has much else to tell, and a transformer that hears it learns the few
+    voices of its clips by heart.
     """
 
     def __init__(self, config: AudioConfig, ops: Any) -> None:
         super().__init__()
         self.tokens, self.columns, step = config.tokens, config.columns, config.columns // 2
         self.dilations = config.dilations
-        channels, numbers = config.channels, config.frames_read * config.readings
+        self.limits, self.drawn = config.limits, config.told - config.readings
+        channels, numbers = config.channels, config.frames_read * config.told
         self.conv_in = ops.Conv1d(config.features // config.columns, channels, step + 4, stride=step)
         self.convs = nn.ModuleList(ops.Conv1d(channels, channels, 3, dilation=d) for d in config.dilations)
         self.conv_out = ops.Conv1d(channels, config.readings, 4, stride=2)
@@ -55,9 +58,18 @@ class AudioWindowProjector(nn.Module):
             x = x[..., reach:-reach] + conv(nn.functional.silu(x))
         return self.conv_out(nn.functional.silu(x)).transpose(1, 2)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.proj(self.read(tokens.flatten(0, -3)).flatten(1)).unflatten(-1, (self.tokens, -1))
-        return self.norm(x).unflatten(0, tokens.shape[:-2])
+    def forward(self, tokens: Tensor, manner: Tensor | None = None) -> Tensor:
+        """manner [B, F, T, K]: added to what is heard; without it nothing is drawn."""
+        told = self.read(tokens.flatten(0, -3)).unflatten(0, tokens.shape[:-2])
+        told = nn.functional.pad(told, (0, self.drawn))
+        return self.lay_out(told if manner is None else told + manner)
+
+    def lay_out(self, told: Tensor) -> Tensor:
+        """Readings [B, F, T, K], within their limits, as tokens [B, F, tokens, D]."""
+        if self.limits:
+            least, most = told.new_tensor(self.limits).unbind(1)
+            told = told.clamp(least, most)
+        return self.norm(self.proj(told.flatten(-2)).unflatten(-1, (self.tokens, -1)))
 
 
 class AudioPack(nn.Module):

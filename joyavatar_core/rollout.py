@@ -22,6 +22,7 @@ from .captured import Captured
 from .conditioning import ImageChannels
 from .eight_bits import EightBitCache
 from .geometry import Geometry
+from .manner import manner
 from .model import AudioKV, ConditionKV, JoyAvatarDiT, Past, WithReference
 from .noise import Ahead, Draw, Purpose, integer
 from .policy import RolloutPolicy, Seen
@@ -489,8 +490,19 @@ class Rollout:
             tokens = state.audio[block]
             valid = None if bool(tokens.valid.all()) else sent(tokens.valid, self.device)
             features = sent(tokens.tokens, self.device, self.dtype)
-            state.audio_kv[block] = self.model.audio(features.expand(self.batch, *features.shape[-3:]), valid)
+            heard, manner = features.expand(self.batch, *features.shape[-3:]), self._manner(block)
+            state.audio_kv[block] = self.model.audio(heard, valid, manner)
         return state.audio_kv[block]
+
+    def _manner(self, block: int) -> Tensor | None:
+        """What no sound tells of a block, [B, F, T, K], for a model that is told; a retake keeps that of the stream."""
+        audio = self.model.config.audio
+        if audio is None or audio.told == audio.readings:
+            return None
+        frames = [self.geometry.frames_told(latent) for latent in self.geometry.latents_of_block(block)]
+        drawn = [manner(seed, sum(frames, ()), self.geometry.fps) for seed in self.seeds or (self.seed,)]
+        told = torch.stack(drawn).unflatten(1, (len(frames), -1))
+        return sent(told.expand(self.batch, -1, -1, -1), self.device, self.dtype)
 
     def _noisy(self, state: RolloutState, block: int) -> Tensor:
         """Latents of a block in the window; pure noise when it enters."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from joyavatar_core.autoencoder import AutoencoderConfig, LightAutoencoder
 from joyavatar_core.config import MODELS, AudioConfig, ModelConfig
+from joyavatar_core.manner import LIMITS
 from joyavatar_core.training import autoencoder, clips, flow_matching
 from joyavatar_core.training.encoded import EncodedClips
 
@@ -20,7 +21,7 @@ SMALL = ModelConfig(
         kind="window", features=8, width=16, window=16, tokens=2, channels=6, dilations=(2, 4, 4), readings=6
     ),
 )  # fmt: skip
-HEARING = replace(SMALL.audio, features=256)  # pyright: ignore
+HEARING = replace(SMALL.audio, features=256, limits=LIMITS)  # pyright: ignore
 PRESET = replace(SMALL, dim=32, patch=(4, 4), image_dim=256, audio=HEARING, prediction="x0")
 SIZE = (4, 4)
 """Cells of the clips: one token a latent."""
@@ -43,6 +44,7 @@ def random_clips(count: int, size: tuple[int, int] = SIZE, blocks: int = 10) -> 
         audio=normal(count, frames, 16, 256),
         mouth=share,
         eyes=share,
+        told=torch.rand(count, frames, 4, len(LIMITS), generator=generator).half(),
     )
 
 

@@ -217,21 +217,6 @@ def test_mirror_twice_is_nothing_and_once_moves_picture_boxes_and_pose_together(
     assert once.poses[0].gaze_x == -clip.poses[0].gaze_x and once.poses[0].open == clip.poses[0].open
 
 
-def test_a_close_up_is_a_square_of_the_clip_about_its_mouth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clips.drawn, "sample_clip", made_clip)
-    clip = made_clip(3, 5, (64, 96))
-    near = clips.about_mouth(clip, 32, np.random.default_rng(0))
-    x, y = (round(float(v)) for v in (clip.boxes - near.boxes)[0, 0, :2])
-    assert near.video.shape == (5, 32, 32, 3)
-    assert np.array_equal(near.video, clip.video[:, y : y + 32, x : x + 32])
-    middle = (near.boxes[:, 0, :2] + near.boxes[:, 0, 2:]).mean(0) / 2
-    assert ((middle > 4) & (middle < 28)).all()
-    with pytest.raises(ValueError, match="close-up of 65 pixels"):
-        clips.about_mouth(clip, 65, np.random.default_rng(0))
-    stored = clips.read_clip(clips.write_clip(tmp_path, 3, frames=5, size=(64, 96), close_up=32))
-    assert stored.video.shape == (5, 32, 32, 3)
-
-
 def test_clips_are_drawn_once_in_the_sizes_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clips.drawn, "sample_clip", made_clip)
     arguments = [

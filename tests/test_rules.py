@@ -18,7 +18,7 @@ LONGEST_FUNCTION = 80
 # Layers of the engine from the bottom up: a file may import only from earlier rows (training and cli: from all).
 LAYERS = [
     {"geometry", "samples", "schedule", "config", "attention", "types", "noise", "rope", "checkpoint", "known_weights"}
-    | {"lora", "families", "kernels"},
+    | {"lora", "families", "kernels", "manner"},
     {"policy", "flow", "cache", "conditioning", "audio", "autoencoder", "wan_vae", "projectors", "overlap", "sinks"},
     {"model", "s2v", "captured", "fast", "eight_bits"}
     | {"wav2vec", "wav2vec_frames", "s2v_audio", "front_ends", "estimate"},

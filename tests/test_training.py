@@ -20,6 +20,7 @@ from joyavatar_core.avatar import load_light_autoencoder, load_model
 from joyavatar_core.cache import KVCache
 from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.manner import HEARD
 from joyavatar_core.model import JoyAvatarDiT, Past
 from joyavatar_core.policy import POLICIES, policy
 from joyavatar_core.projectors import AudioWindowProjector
@@ -271,9 +272,9 @@ EARS = PRESET.audio
 
 def test_an_ear_gets_sound_and_truth_of_the_same_frames():
     columns = torch.arange(9.0)[:, None]
-    assert listening.by_latent(columns, GEOMETRY).squeeze(-1).tolist() == [[0] * 4, [1, 2, 3, 4], [5, 6, 7, 8]]
+    assert encoded.by_latent(columns, GEOMETRY).squeeze(-1).tolist() == [[0] * 4, [1, 2, 3, 4], [5, 6, 7, 8]]
     heard = listening.listen(3, LogMel(GEOMETRY), GEOMETRY, frames=41)
-    assert heard.tokens.shape == (11, 16, 256) and heard.truth.shape == (11, 4, len(listening.TRUTH))
+    assert heard.tokens.shape == (11, 16, 256) and heard.truth.shape == (11, 4, len(HEARD))
     again = listening.listen(3, LogMel(GEOMETRY), GEOMETRY, frames=41)
     assert torch.equal(heard.tokens, again.tokens) and torch.equal(heard.truth, again.truth)
     opening, loudness = heard.truth[1:, :, 0].mean(1), heard.tokens[1:].mean((1, 2))
@@ -294,7 +295,7 @@ def test_a_window_is_heard_as_the_whole_clip():
 def telling(count: int) -> listening.Heard:
     """Clips whose first numbers of the first column tell the truth in a little noise."""
     generator = torch.Generator().manual_seed(count)
-    columns = len(listening.TRUTH)
+    columns = len(HEARD)
     truth = torch.randn(count, 30, 1, columns, generator=generator).expand(-1, -1, 4, -1)
     tokens = 0.1 * torch.randn(count, 30, 4, 256, generator=generator)
     tokens[..., :columns] += truth
@@ -313,7 +314,7 @@ def test_listening_teaches_the_projector_to_hear():
     for _ in range(100):
         state.step(pool, 0.0)
     heard = listening.explained(state.average, EARS, others)
-    assert set(heard) == {f"heard_{name}" for name in listening.TRUTH}
+    assert set(heard) == {f"heard_{name}" for name in HEARD}
     assert max(deaf.values()) < 0.1 and min(heard.values()) > 0.25
     mixed = listening.Heard(others.tokens.roll(1, 0), others.truth)
     assert max(listening.explained(state.average, EARS, mixed).values()) < 0
@@ -325,16 +326,19 @@ def test_hearing_is_measured_as_r_squared():
     with torch.no_grad():
         projector.conv_out.bias.copy_(clips_.truth.flatten(0, 2).mean(0))
     figures = listening.explained(projector, EARS, clips_)
-    assert list(figures.values()) == pytest.approx([0] * len(listening.TRUTH), abs=1e-3)
+    assert list(figures.values()) == pytest.approx([0] * len(HEARD), abs=1e-3)
 
 
 def test_readings_are_laid_out_over_the_tokens():
     """Each along a direction of its own, in its usual deviations, beside a constant of about the same size."""
     torch.manual_seed(0)
-    projector, clips_ = AudioWindowProjector(EARS, nn), telling(8)
-    listening.spread(projector, EARS, clips_, seed=0)
+    ears = replace(EARS, width=32)
+    projector, clips_ = AudioWindowProjector(ears, nn), telling(8)
+    listening.spread(projector, ears, clips_, seed=0)
     with torch.no_grad():
-        told = listening.read(projector, EARS, clips_.tokens).unflatten(1, (-1, EARS.frames_read)).flatten(2)
+        heard = listening.read(projector, ears, clips_.tokens)
+        drawn = torch.randn(*heard.shape[:-1], ears.told - ears.readings, generator=torch.Generator().manual_seed(0))
+        told = torch.cat([heard, drawn], -1).unflatten(1, (-1, ears.frames_read)).flatten(2)
         tokens = projector.proj(told.flatten(0, 1))
         back = (tokens - tokens.mean(0)) @ torch.linalg.pinv(projector.proj.weight).T
     assert torch.allclose(back, told.flatten(0, 1) - told.flatten(0, 1).mean(0), atol=1e-4)
@@ -344,7 +348,7 @@ def test_readings_are_laid_out_over_the_tokens():
 def test_a_transformer_takes_the_projector_and_leaves_it_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = listening.Recipe(model="small", minutes=0.5 / 60, clips=3, processes=1, held_out=2, batch=2)
     monkeypatch.setattr(listening, "_FRAMES", 41)
-    names = {f"heard_{name}" for name in listening.TRUTH}
+    names = {f"heard_{name}" for name in HEARD}
     assert set(listening.train(recipe, tmp_path)) == names
     last = json.loads((tmp_path / "curve.jsonl").read_text().splitlines()[-1])
     assert last["step"] >= 2 and last["clips"] == 3

@@ -393,7 +393,7 @@ def checked_path(path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.open("wb").close()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank of the run may look at the same moment
     except OSError as error:
         raise MediaError(
             f"{path}: cannot be written there ({error.strerror}); choose another folder or check its permissions"

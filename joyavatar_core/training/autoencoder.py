@@ -51,6 +51,8 @@ _HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
 _CLIP_FRAMES = 12  # drawn at once, so that one drawing gives several time slices
 _FACE_FPS = Fraction(16)
 
+_STILL = 2 / 255  # change, in half the range, beside which a frame counts as standing still
+
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of every latent channel
 
 
@@ -60,7 +62,7 @@ class Recipe:
 
     size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
     noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance;
-    regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere.
+    regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; evenness_weight: of `unevenness`.
     """
 
     model: str = "tiny"
@@ -79,6 +81,7 @@ class Recipe:
     square_weight: float = 6.0
     edge_weight: float = 1.0
     motion_weight: float = 1.0
+    evenness_weight: float = 0.0
     coarse_weight: float = 0.5
     latent_penalty: float = 0.01
     pool: int = 96
@@ -251,8 +254,20 @@ def picture_loss(recipe: Recipe, made: Tensor, video: Tensor, weights: Tensor) -
         length = error.shape[axis] - 1
         loss = loss + recipe.edge_weight * (weights.narrow(axis, 1, length) * error.diff(dim=axis).abs()).mean() / 2
     loss = loss + recipe.motion_weight * (weights[:, :, 1:] * error.diff(dim=2).abs()).mean()
+    if recipe.evenness_weight:
+        loss = loss + recipe.evenness_weight * unevenness(made, video)
     coarse = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 4)
     return loss + recipe.coarse_weight * coarse.abs().mean()
+
+
+def unevenness(made: Tensor, video: Tensor) -> Tensor:
+    """How far each frame's change from the one before is from the true change, in its share: mean of |log ratio|.
+
+    Four frames come out of a latent, so errors change where latents meet: there a video jumps, and in between it
+    stands. No error of single pixels tells that.
+    """
+    moved, truly = (x.diff(dim=2).abs().mean(dim=(1, 3, 4)) for x in (made, video))  # [B, T - 1]
+    return ((moved + _STILL).log() - (truly + _STILL).log()).abs().mean()
 
 
 def latent_loss(latents: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Batch:
 
     true, x0, noise [B, C, F, h, w]: latents of the true clips, those to be learnt, mostly the same, and what they are
     mixed with; channels: mask and image channels, the same but for C; image: reference tokens
-    [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F].
+    [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]; told [B, F, T, K]: readings
+    that stand in place of what is heard, if there are any.
     """
 
     layout: Layout
@@ -43,12 +44,24 @@ class Batch:
     mouth: Tensor
     eyes: Tensor
     timesteps: Tensor
+    told: Tensor | None = None
 
 
 def make_batch(
-    data: EncodedClips, layout: Layout, clips: Tensor, patch: tuple[int, int], mixture: Mixture, seed: int
+    data: EncodedClips,
+    layout: Layout,
+    clips: Tensor,
+    patch: tuple[int, int],
+    mixture: Mixture,
+    seed: int,
+    told: bool = False,
 ) -> Batch:
-    """The sequences of a layout cut from the given clips [B]; the seed decides the cuts, levels and noise."""
+    """The sequences of a layout cut from the given clips [B]; the seed decides the cuts, levels and noise.
+
+    told: true readings stand in place of what is heard. ValueError for clips that have none.
+    """
+    if told and data.told is None:
+        raise ValueError("these clips have no truth to tell: take drawn ones (training.clips)")
     random_, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     blocks = data.latents.shape[1] // layout.policy.block_latents
     frames = torch.tensor([sample_latents(random_, layout, blocks, mixture.gap) for _ in clips])  # [B, F]
@@ -67,6 +80,7 @@ def make_batch(
         mouth=data.mouth[rows, frames].float(),
         eyes=data.eyes[rows, frames].float(),
         timesteps=sample_levels(generator, layout, len(clips), mixture),
+        told=data.told[rows, frames].float() if told and data.told is not None else None,
     )
 
 
@@ -119,7 +133,8 @@ def predict(model: JoyAvatarDiT, batch: Batch) -> Tensor:
     tokens = batch.image.shape[1]
     x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
     condition = model.condition(image=batch.image.to(dtype))
-    audio = model.audio(batch.audio.to(dtype))
+    told = batch.told
+    audio = model.audio(batch.audio.to(dtype)) if told is None else model.told(told.to(dtype))
     x = torch.cat([x_t, batch.channels], dim=1)
     mask = batch.layout.mask(tokens)
     return model(x, batch.timesteps, batch.layout.positions(), condition, audio, None, mask)[0]
@@ -196,10 +211,12 @@ def regression_loss(batch: Batch, v: Tensor, mouth: float, eyes: float, past: fl
 # Measuring
 
 
-def measured_batch(clips: EncodedClips, layout: Layout, patch: tuple[int, int], mixture: Mixture) -> Batch:
+def measured_batch(
+    clips: EncodedClips, layout: Layout, patch: tuple[int, int], mixture: Mixture, told: bool = False
+) -> Batch:
     """All the clips under a layout, always the same: levels as at inference, the past right before the window."""
     exact = replace(mixture, exact=1.0, clean_motion=0.0, sink_late=1.0, gap=0.0)
-    return make_batch(clips, layout, torch.arange(len(clips)), patch, exact, seed=1)
+    return make_batch(clips, layout, torch.arange(len(clips)), patch, exact, seed=1, told=told)
 
 
 def by_level(model: JoyAvatarDiT, batch: Batch, error: Callable[[Batch, Tensor], Tensor]) -> dict[str, float]:
@@ -208,7 +225,8 @@ def by_level(model: JoyAvatarDiT, batch: Batch, error: Callable[[Batch, Tensor],
     `deaf_1000` is the mouth's error with another clip's sound: as long as it equals `mouth_1000` the model does not
     listen.
     """
-    deaf = replace(batch, audio=batch.audio.roll(1, 0))
+    told = None if batch.told is None else batch.told.roll(1, 0)
+    deaf = replace(batch, audio=batch.audio.roll(1, 0), told=told)
     here, there = error(batch, predict(model, batch)), error(deaf, predict(model, deaf))
     n, scores = batch.layout.policy.block_latents, {}
     for i, timestep in enumerate(batch.layout.timesteps):

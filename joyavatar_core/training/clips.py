@@ -80,20 +80,15 @@ def clip_size(seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> tuple[int,
     return sizes[0] if first else sizes[1 + int(rng.integers(len(sizes) - 1))]
 
 
-def write_clip(
-    folder: Path, seed: int, frames: int = FRAMES, size: tuple[int, int] = SIZES[0], close_up: int | None = None
-) -> Path:
+def write_clip(folder: Path, seed: int, frames: int = FRAMES, size: tuple[int, int] = SIZES[0]) -> Path:
     """Draw the clip of this seed and store it; some clips look like photographs, half are mirrored.
 
-    close_up: side in pixels of a square about the mouth that alone is kept (`about_mouth`).
     The file appears under its name only when it is whole.
     """
     rng = np.random.default_rng((seed, 1))
     photo, flip = bool(rng.random() < _PHOTO_ODDS), bool(rng.random() < _FLIP_ODDS)
     clip = drawn.sample_clip(seed, frames, size, photo=photo)
     clip = mirrored(clip) if flip else clip
-    if close_up:
-        clip, size = about_mouth(clip, close_up, rng), (close_up, close_up)
     speech = clip.speech
     jpegs = [_encode(frame) for frame in clip.video]
     tensors = {
@@ -171,19 +166,6 @@ def mirrored(clip: drawn.Clip) -> drawn.Clip:
     )
 
 
-def about_mouth(clip: drawn.Clip, side: int, rng: np.random.Generator) -> drawn.Clip:
-    """A square of so many pixels about the mouth, not quite in its middle. ValueError where the clip is smaller."""
-    height, width = clip.video.shape[1:3]
-    if side > min(height, width):
-        raise ValueError(f"a close-up of {side} pixels does not fit into a clip of {width}x{height}")
-    middle = (clip.boxes[:, 0, :2] + clip.boxes[:, 0, 2:]).mean(0) / 2
-    wanted = middle + rng.normal(0, side / 8, 2) - side / 2
-    x, y = (round(float(min(max(0.0, w), most - side))) for w, most in zip(wanted, (width, height), strict=True))
-    corner = np.array([x, y, x, y], clip.boxes.dtype)
-    video = np.ascontiguousarray(clip.video[:, y : y + side, x : x + side])
-    return replace(clip, video=video, boxes=clip.boxes - corner)
-
-
 def _opencv() -> ModuleType:
     try:
         import cv2
@@ -222,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=1_000_000, help="seed of the first clip")
     parser.add_argument("--frames", type=int, default=FRAMES, help="pixel frames in a clip: 1 + 4 (latents - 1)")
     parser.add_argument("--sizes", type=_size, nargs="+", default=SIZES, help="HEIGHTxWIDTH; the first is the usual")
-    parser.add_argument("--close-up", type=int, metavar="PIXELS", help="keep a square about the mouth alone")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for i in range(options.count):
         seed = options.first_seed + i
         if not clip_path(options.out, seed).exists():
-            write_clip(options.out, seed, options.frames, clip_size(seed, options.sizes), options.close_up)
+            write_clip(options.out, seed, options.frames, clip_size(seed, options.sizes))
         if i % 50 == 49:
             log.info("%d of %d clips", i + 1, options.count)
 

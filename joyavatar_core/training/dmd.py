@@ -30,8 +30,9 @@ from ..autoencoder import TEMPORAL, LightAutoencoder
 from ..avatar import load_light_autoencoder, load_model
 from ..conditioning import ImageChannels, image_channels, reference_tokens
 from ..geometry import Geometry
+from ..manner import HEARD
 from ..model import JoyAvatarDiT
-from . import flow_matching, lips, listening, parallel, preview, trainer
+from . import flow_matching, lips, parallel, preview, trainer
 from .batches import predict, regression_loss, weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights, whole_clips
 from .common import training_dtype
@@ -327,7 +328,7 @@ def spoken_anew(given: Given, latents: int, random_: random.Random) -> Given:
     geometry = Geometry(64, 64)
     front_end, frames = LogMel(geometry), geometry.frames_of_latents(latents)
     heard = [listen(_NEW_SPEECH + random_.randrange(10**8), front_end, geometry, frames) for _ in given.lips.frames]
-    columns = [listening.TRUTH.index(name) for name in lips.TRUTH]
+    columns = [HEARD.index(name) for name in lips.TRUTH]
     wanted = torch.stack([h.truth[..., columns] for h in heard])
     inputs = replace(given.inputs, audio=torch.stack([h.tokens for h in heard]))
     return replace(given, inputs=inputs, lips=replace(given.lips, wanted=wanted))

@@ -25,7 +25,8 @@ from ..autoencoder import LightAutoencoder
 from ..avatar import load_light_autoencoder
 from ..conditioning import ImageChannels, image_channels
 from ..geometry import Geometry
-from .clips import StoredClip, read_clip
+from ..manner import DRAWN, HEARD, as_told
+from .clips import POSE_COLUMNS, StoredClip, read_clip, read_pose
 from .common import autocast
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,8 @@ class EncodedClips:
     """N clips of one size and length, in half precision.
 
     seed [N] int64; latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...];
-    audio [N, F, W, channels]; mouth, eyes [N, F, h, w]: share of each cell inside the box.
+    audio [N, F, W, channels]; mouth, eyes [N, F, h, w]: share of each cell inside the box; told [N, F, T, K]: the true
+    readings of each latent's pixel frames (`manner`), None for clips whose truth nobody knows.
     """
 
     seed: Tensor
@@ -45,6 +47,7 @@ class EncodedClips:
     audio: Tensor
     mouth: Tensor
     eyes: Tensor
+    told: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -56,7 +59,10 @@ class EncodedClips:
 
     def select(self, rows: slice) -> EncodedClips:
         """Some of the clips."""
-        return EncodedClips(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return EncodedClips(**{name: tensor[rows] for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> checkpoint.Tensors:
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
     def tokens(self, patch: tuple[int, int]) -> int:
         """Video tokens of a latent under a transformer's patch."""
@@ -77,7 +83,7 @@ class EncodedClips:
             corner.append(min(max(0, round(wanted / patch[axis])), (size - cells) // patch[axis]) * patch[axis])
         y, x = (slice(start, start + cells) for start in corner)
         pieces = {name: getattr(self, name)[clip][..., y, x] for name in ("latents", "image", "mouth", "eyes")}
-        return {"seed": self.seed[clip], "audio": self.audio[clip], **pieces}
+        return {name: tensor[clip] for name, tensor in self._tensors().items()} | pieces
 
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""
@@ -112,7 +118,7 @@ class LatentStore:
         """All of `ready`, clips of one size together, the most frequent size first."""
         groups: dict[torch.Size, list[checkpoint.Tensors]] = {}
         for path in self.ready():
-            tensors = checkpoint.read(path)[0]
+            tensors = checkpoint.read(path)[0] | {"told": true_readings(read_pose(self.folder / path.name)).half()}
             groups.setdefault(tensors["latents"].shape, []).append(tensors)
         return tuple(_stacked(parts) for parts in sorted(groups.values(), key=len, reverse=True))
 
@@ -168,6 +174,18 @@ def encode_clip(
         "mouth": cell_shares(clip.boxes[:, 0], geometry).half(),
         "eyes": cell_shares(clip.boxes[:, 1], geometry).half(),
     }
+
+
+def true_readings(pose: Tensor) -> Tensor:
+    """The poses of a clip [T, P] as a model is told them, [F, temporal, K]."""
+    columns = pose[:, [POSE_COLUMNS.index(name) for name in (*HEARD, *DRAWN)]]
+    return by_latent(as_told(columns), Geometry(64, 64))
+
+
+def by_latent(columns: Tensor, geometry: Geometry) -> Tensor:
+    """Columns of pixel frames [T, K] -> [F, temporal, K]; the first latent's one frame is repeated."""
+    count = geometry.latents_of_frames(len(columns))
+    return columns[torch.tensor([geometry.frames_told(i) for i in range(count)])]
 
 
 def _stacked(parts: list[checkpoint.Tensors]) -> EncodedClips:

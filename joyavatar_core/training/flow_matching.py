@@ -48,7 +48,7 @@ from .clips import list_clips
 from .common import training_dtype
 from .encoded import EncodedClips, LatentStore
 from .listening import load_projector
-from .sequences import Layout, Mixture, attend, sample_layout
+from .sequences import Layout, attend, sample_layout
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,14 @@ class Recipe(trainer.Recipe):
     """The recipe of flow matching.
 
     model: its name in config.MODELS. first_clips: clips encoded before training starts. drop_audio: odds that a
-    sequence goes without its sound, so that guidance has something to go away from.
+    sequence goes without its sound, so that guidance has something to go away from. told: the true readings of the
+    frames stand in place of what is heard (`acting`).
     """
 
     model: str = "tiny"
     first_clips: int = 300
     drop_audio: float = 0.1
+    told: bool = False
     framing: Framing = field(default_factory=Framing)
 
 
@@ -83,7 +85,7 @@ class Training(trainer.Supervised[RecipeT]):
         layout, patch = sample_layout(common, self.policy, self.recipe.mixture), self.model.config.patch
         data, clips = self.recipe.framing.draw(self.data, layout, self.tokens, patch, (common, own))
         seed = own.randrange(2**31)
-        batch = make_batch(data, layout, clips, patch, self.recipe.mixture, seed)
+        batch = make_batch(data, layout, clips, patch, self.recipe.mixture, seed, self.recipe.told)
         return some_deaf(batch, self.recipe.drop_audio, torch.Generator().manual_seed(seed))
 
     def loss(self, batch: Batch) -> Tensor:
@@ -92,7 +94,7 @@ class Training(trainer.Supervised[RecipeT]):
 
     def measure(self) -> dict[str, float]:
         """See `evaluate`."""
-        return evaluate(self.averaged(), self.policy, self.held_out, self.recipe.mixture)
+        return evaluate(self.averaged(), self.policy, self.held_out, self.recipe)
 
     def clips(self) -> int:
         return sum(len(part) for part in self.data)
@@ -146,13 +148,15 @@ def _fresh(recipe: Recipe) -> JoyAvatarDiT:
 
 
 @torch.no_grad()  # not inference_mode: RoPE tables are kept, and training uses them too
-def evaluate(model: JoyAvatarDiT, policy: RolloutPolicy, clips: EncodedClips, mixture: Mixture) -> dict[str, float]:
+def evaluate(model: JoyAvatarDiT, policy: RolloutPolicy, clips: EncodedClips, recipe: Recipe) -> dict[str, float]:
     """Error of the velocity on clips, `batches.by_level` in the steady state; `start` is the very first forward."""
     context = policy.context_blocks
     steady = Layout(policy, context, policy.window_steps(context + policy.lead_blocks)[-1].timesteps)
     first = Layout(policy, 0, policy.window_steps(0)[0].timesteps)
-    scores = by_level(model, measured_batch(clips, steady, model.config.patch, mixture), squared_error)
-    start = measured_batch(clips, first, model.config.patch, mixture)
+    steady_batch, start = (
+        measured_batch(clips, layout, model.config.patch, recipe.mixture, recipe.told) for layout in (steady, first)
+    )
+    scores = by_level(model, steady_batch, squared_error)
     return scores | {"start": round(float(squared_error(start, predict(model, start)).mean()), 4)}
 
 

@@ -30,25 +30,24 @@ from fractions import Fraction
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..audio import LogMel
 from ..config import MODELS, AudioConfig
 from ..geometry import Geometry
+from ..manner import HEARD
 from ..projectors import AudioWindowProjector
 from .augment import augment
 from .common import Muon, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, motion
-from .encoded import as_track
+from .encoded import as_track, by_latent
 from .speech import synthesize
 
 log = logging.getLogger(__name__)
 
-TRUTH = ("open", "wide", "teeth", "brow", "blink", "head_y")
-"""What the sound tells of a frame, the readings of the projector: columns of the truth, names of the drawn pose."""
-
-_SCALES = (0.25, 0.4, 0.3, 0.3, 0.3, 0.3)  # usual deviations
+_SCALES = (0.25, 0.4, 0.3, 0.3, 0.3, 0.3)  # usual deviations of what is heard
 _WEIGHTS = (1.0, 1.0, 1.0, 0.15, 0.15, 0.15)  # what of brows, lids and heads can be heard is little
 _GEOMETRY = Geometry(64, 64, Fraction(16), spatial=16)
 _FRAMES = 117
@@ -88,16 +87,9 @@ def listen(seed: int, front_end: LogMel, geometry: Geometry, frames: int = _FRAM
     """The clip of this seed as an untrained ear gets it."""
     speech = synthesize(seed, float(frames / geometry.fps), geometry.fps)
     sound = torch.from_numpy(augment(seed, speech.audio, speech.sample_rate))
-    columns = torch.tensor([[getattr(pose, name) for name in TRUTH] for pose in motion(seed, speech, frames)])
+    columns = torch.tensor([[getattr(pose, name) for name in HEARD] for pose in motion(seed, speech, frames)])
     tokens = front_end.features(as_track(sound, speech.sample_rate), range(geometry.latents_of_frames(frames))).tokens
     return Heard(tokens, by_latent(columns, geometry))
-
-
-def by_latent(columns: Tensor, geometry: Geometry) -> Tensor:
-    """Columns of pixel frames [T, K] -> [F, temporal, K]; the first latent's one frame is repeated."""
-    count = geometry.latents_of_frames(len(columns))
-    frames = [list(geometry.frames_of_latent(i)) for i in range(count)]
-    return columns[torch.tensor([f * (geometry.temporal // len(f)) for f in frames])]
 
 
 def _listen_bare(seed: int, frames: int) -> Heard:
@@ -146,23 +138,25 @@ def explained(projector: AudioWindowProjector, audio: AudioConfig, clips: Heard)
     truth = clips.truth.flatten(0, 2).float()
     told = torch.cat([read(projector, audio, part) for part in clips.tokens.split(16)]).flatten(0, 1)
     share = (told - truth).square().sum(0) / (truth - truth.mean(0)).square().sum(0).clamp(min=1e-6)
-    return {f"heard_{name}": round(1 - float(value), 3) for name, value in zip(TRUTH, share, strict=True)}
+    return {f"heard_{name}": round(1 - float(value), 3) for name, value in zip(HEARD, share, strict=True)}
 
 
 @torch.no_grad()
 def spread(projector: AudioWindowProjector, audio: AudioConfig, clips: Heard, seed: int) -> None:
     """Lay the readings of a latent out over its tokens: each, in its usual deviations, along a direction of its own.
 
-    A constant beside them keeps the tokens' norm from taking their size away.
+    So what is drawn beside them. A constant keeps the tokens' norm from taking their size away.
     """
     told = torch.cat([read(projector, audio, part) for part in clips.tokens.split(16)])
-    latents = told.unflatten(1, (-1, audio.frames_read)).flatten(2).flatten(0, 1)  # [n, frames_read K]
+    latents = told.unflatten(1, (-1, audio.frames_read)).flatten(0, 1)  # [n, frames_read, heard]
+    drawn = (0, audio.told - audio.readings)
+    mean, usual = (F.pad(t, drawn, value=v).flatten() for t, v in ((latents.mean(0), 0.0), (latents.std(0), 1.0)))
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty_like(projector.proj.weight)
     nn.init.orthogonal_(weight, generator=generator)
-    weight *= (len(weight) / weight.shape[1]) ** 0.5 / latents.std(0).clamp(min=1e-3)
+    weight *= (len(weight) / weight.shape[1]) ** 0.5 / usual.clamp(min=1e-3)
     projector.proj.weight.copy_(weight)
-    projector.proj.bias.copy_(torch.randn(len(weight), generator=generator) - weight @ latents.mean(0))
+    projector.proj.bias.copy_(torch.randn(len(weight), generator=generator) - weight @ mean)
 
 
 # Training
@@ -211,9 +205,9 @@ def train(recipe: Recipe, out: Path, start: Path | None = None) -> dict[str, flo
     """
     out.mkdir(parents=True, exist_ok=True)
     audio = MODELS[recipe.model].audio
-    if audio is None or audio.kind != "window" or audio.readings != len(TRUTH):
+    if audio is None or audio.kind != "window" or audio.readings != len(HEARD):
         raise ValueError(
-            f"model {recipe.model} has no projector of log-mel windows with {len(TRUTH)} readings: listening is for "
+            f"model {recipe.model} has no projector of log-mel windows with {len(HEARD)} readings: listening is for "
             "those that have"
         )
     torch.manual_seed(recipe.seed)

@@ -340,7 +340,7 @@ class SelfForcing(Rollout):
         assert audio is not None
         part = slice(block * n, (block + 1) * n)
         heard = None if valid is None or bool(valid[part].all()) else valid[part].to(self.device)
-        kv = self.model.audio(audio[:, part].to(self.device, self.dtype), heard)
+        kv = self.model.audio(audio[:, part].to(self.device, self.dtype), heard, self._manner(block))
         if not live:
             state.audio_kv[block] = kv
         return kv

@@ -49,7 +49,7 @@ def manner(seed: int, frames: Sequence[int], fps: Fraction) -> Tensor:
     than in the pauses that ears know of.
     """
     time = torch.tensor([float(frame / fps) for frame in frames], dtype=torch.float64)
-    columns = dict.fromkeys((*HEARD, *DRAWN), torch.zeros_like(time))
+    columns: dict[str, Tensor] = {name: torch.zeros_like(time) for name in (*HEARD, *DRAWN)}
     for name, (seconds, deviation) in _SWAY.items():
         columns[name] = deviation * _sway(time, *_waves(seed, name, seconds))
     columns["gaze_x"], columns["gaze_y"] = _gaze(seed, time)

@@ -180,7 +180,7 @@ class S2VDiT(JoyAvatarDiT):
         self.audio_injector = AudioInjector(config, len(self.inject_layers), ops, attention)
         self.frame_packer = FramePacker(config, ops)
 
-    def audio(self, tokens: Tensor, valid: Tensor | None = None) -> AudioKV:
+    def audio(self, tokens: Tensor, valid: Tensor | None = None, manner: Tensor | None = None) -> AudioKV:
         """Front-end tokens [B, F, 4, C] of whole blocks, a block at a time -> for each injector its keys and values
         [B, F, W, n, d] and the shift and scale before it [B, F, D]. Frames beyond the end are zeros that are heard.
         """

@@ -17,7 +17,7 @@ from joyavatar_core.avatar import load_model
 from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.projectors import AudioWindowProjector
-from joyavatar_core.training import acting, batches, encoded, trainer
+from joyavatar_core.training import acting, encoded, trainer
 from joyavatar_core.training.clips import POSE_COLUMNS
 
 from .small_training import (

@@ -2,9 +2,9 @@
 
 It reads one person at a time. A coarse look at the whole picture finds mouth, eyes and size; mouth and eyes are cut
 out, upright and at one scale, and read. A wide mouth on one face is a common one on another, so each reading also
-hears the mean of the features over all frames of the video: who this is, but not when. No frame knows its neighbours,
-hence nothing is smoothed in time; but each mouth is looked at ten times, a little aside and in a mirror, and the mean
-of what is read errs less than any of it.
+hears the mean of the features over all frames of the video, of the mouth their deviation too: who this is, but not
+when. No frame knows its neighbours, hence nothing is smoothed in time; but each mouth is looked at ten times, a little
+aside and in a mirror, and the mean of what is read errs less than any of it.
 
 Shape legend: T pixel frames, H W pixel size, h w size of a crop, D features.
 """
@@ -109,27 +109,52 @@ class Locator(nn.Module):
         return heat @ cells
 
 
+class Residual(nn.Module):
+    """[T, C, h, w], and what `count` convolutions make of it, added."""
+
+    def __init__(self, width: int, count: int, ops: Any = nn) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(ops.Conv2d(width, width, 3, 1, 1) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for conv in self.convs:
+            y = conv(F.relu(y))
+        return x + y
+
+
 class CropReader(nn.Module):
-    """Crops [T, 3, h, w] of one person -> features -> outputs. stride: of the first layer."""
+    """Crops [T, 3, h, w] of one person -> features -> outputs.
+
+    stride: of the first layer. deep: more layers, and of the person's features the deviation beside the mean.
+    """
 
     def __init__(
-        self, crop: Crop, stride: int, widths: tuple[int, int, int, int], features: int, outputs: int, ops: Any = nn
+        self,
+        crop: Crop,
+        stride: int,
+        widths: tuple[int, int, int, int],
+        features: int,
+        outputs: int,
+        deep: bool = False,
+        ops: Any = nn,
     ) -> None:
         super().__init__()
         first, second, third, last = widths
         cells = last * -(-crop.rows // (4 * stride)) * -(-crop.columns // (4 * stride))
+        self.deep = deep
         self.layers = nn.Sequential(
             *(ops.Conv2d(3, first, 2 * stride - 1, stride, 1), nn.ReLU()),
-            *(ops.Conv2d(first, second, 3, 2, 1), nn.ReLU()),
-            *(ops.Conv2d(second, third, 3, 2, 1), nn.ReLU(), ops.Conv2d(third, third, 3, 1, 1), nn.ReLU()),
-            ops.Conv2d(third, last, 1),
-            nn.ReLU(),
+            *(ops.Conv2d(first, second, 3, 2, 1), *([Residual(second, 2, ops)] if deep else []), nn.ReLU()),
+            ops.Conv2d(second, third, 3, 2, 1),
+            *([Residual(third, 1, ops)] if deep else [nn.ReLU(), ops.Conv2d(third, third, 3, 1, 1)]),
+            *(nn.ReLU(), ops.Conv2d(third, last, 1), nn.ReLU()),
             nn.Flatten(),
             ops.Linear(cells, features),
         )
         self.person = nn.Sequential(nn.ReLU(), ops.Linear(features, features), nn.ReLU())
         self.head = nn.Sequential(
-            nn.ReLU(), ops.Linear(2 * features, features), nn.ReLU(), ops.Linear(features, outputs)
+            nn.ReLU(), ops.Linear((3 if deep else 2) * features, features), nn.ReLU(), ops.Linear(features, outputs)
         )
 
     def look(self, crops: Tensor) -> Tensor:
@@ -140,8 +165,11 @@ class CropReader(nn.Module):
     def tell(self, features: Tensor, people: int = 1) -> Tensor:
         """Outputs [T, outputs] from the features of `people` persons, T / people rows each."""
         each = features.unflatten(0, (people, -1))
-        person = self.person(each).mean(1, keepdim=True).expand_as(each)
-        return self.head(torch.cat([each, person], 2)).flatten(0, 1)
+        person = self.person(each)
+        known = [person.mean(1, keepdim=True)]
+        if self.deep:
+            known.append((person.float().var(1, unbiased=False, keepdim=True) + 1e-4).sqrt().to(each.dtype))
+        return self.head(torch.cat([each, *(k.expand_as(each) for k in known)], 2)).flatten(0, 1)
 
 
 class MouthReader(nn.Module):
@@ -150,7 +178,7 @@ class MouthReader(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.locator = Locator()
-        self.mouth = CropReader(MOUTH_CROP, 3, (32, 48, 64, 18), 50, 5)  # open, wide, teeth, dx, dy
+        self.mouth = CropReader(MOUTH_CROP, 3, (40, 64, 96, 24), 72, 5, deep=True)  # open, wide, teeth, dx, dy
         self.eyes = CropReader(EYES_CROP, 2, (16, 32, 40, 18), 40, 3)  # blink, dx, dy
 
     @torch.no_grad()

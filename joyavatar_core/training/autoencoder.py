@@ -19,15 +19,13 @@ import argparse
 import json
 import logging
 import math
-import multiprocessing
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
-from queue import Full
 
 import numpy as np
 import torch
@@ -40,7 +38,7 @@ from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
 from .babble import babble
-from .common import Muon, autocast, kept_share, rate_scale, record
+from .common import Muon, autocast, beside, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, motion, photo_like, render, texture
 
 log = logging.getLogger(__name__)
@@ -183,37 +181,6 @@ def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
 def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
     """The twelve fixed clips that measure a training: eight drawn, two photo-like, two textures."""
     return [make_sample(HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(_HELD_OUT_KINDS)]
-
-
-def _work(recipe: Recipe, seed: int, queue: Queue) -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    for batch in batches(recipe, seed):
-        while True:
-            try:
-                queue.put(batch, timeout=10)
-                break
-            except Full:  # the trainer may have been killed, which leaves a daemon behind
-                if parent is None or not parent.is_alive():
-                    queue.cancel_join_thread()  # or the exit waits for a reader
-                    return
-
-
-@contextmanager
-def _worker(recipe: Recipe, seed: int) -> Iterator[Queue]:
-    """A queue of batches filled by a process of its own; the short queue keeps it from running ahead."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue(maxsize=6)
-    process = context.Process(target=_work, args=(recipe, seed, queue), daemon=True)
-    process.start()
-    try:
-        yield queue
-    finally:
-        process.terminate()
-        process.join()
 
 
 # Loss
@@ -617,7 +584,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None =
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
-    with _worker(recipe, recipe.seed + int(time.time() if resume else 0)) as queue:
+    seed = recipe.seed + int(time.time() if resume else 0)
+    with beside(partial(batches, recipe, seed), most=6) as queue:
         first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
         state = _begin(recipe, out, first, source)
         if resume:

@@ -1,4 +1,4 @@
-"""What every trainer here needs: a curve on disk, a wall-clock schedule, averaged and master weights, Muon.
+"""What every trainer here needs: a curve, a wall-clock schedule, a process beside it, averaged weights, Muon.
 
 Shape legend: M [rows, columns] matrices; other tensors are parameters of any shape.
 """
@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Full
 from typing import Any
 
 import torch
@@ -46,6 +50,40 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_suffix(path.suffix + ".part")
     write(part)
     os.replace(part, path)
+
+
+@contextmanager
+def beside(make: Callable[[], Iterable[Any]], most: int) -> Iterator[Queue]:
+    """A queue filled by a process of its own with what `make` gives; one of `most` keeps it from running ahead.
+
+    make must be picklable, and so must what it gives: arrays, no tensors, each of which would keep a file open.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue(maxsize=most)
+    process = context.Process(target=_fill, args=(make, queue), daemon=True)
+    process.start()
+    try:
+        yield queue
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _fill(make: Callable[[], Iterable[Any]], queue: Queue) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    for item in make():
+        while True:
+            try:
+                queue.put(item, timeout=10)
+                break
+            except Full:  # the trainer may have been killed, which leaves a daemon behind
+                if parent is None or not parent.is_alive():
+                    queue.cancel_join_thread()  # or the exit waits for a reader
+                    return
 
 
 def rate_scale(step: int, warmup_steps: int, progress: float, floor: float = 0.02) -> float:

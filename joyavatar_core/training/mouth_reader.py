@@ -1,10 +1,12 @@
 """Trains the mouth reader on drawn frames, on one thread of a CPU, within a budget of wall-clock time.
 
-    python -m joyavatar_core.training.mouth_reader --out DIR --minutes 15 [--initial FILE] [--resume]
+    python -m joyavatar_core.training.mouth_reader --out DIR --minutes 45 [--initial FILE [--keep locator eyes]]
+        [--resume]
 
-Frames are drawn as training goes: a pool of clips, of which the oldest are replaced at every step. Half of the mouths
-come from speech, half from chance, so that opening, width and teeth are not read from one another. Frames are
-softened, stored as JPEG, made noisy, mirrored and recoloured, for a generator's frames are none too clean. In DIR:
+What limits a reader is how many people it has seen: a process beside draws new ones all the time, and the oldest of a
+pool go. Two thirds of the mouths come from speech, the rest from chance, so that opening, width and teeth are not read
+from one another. Frames are softened, stored as JPEG, made noisy, mirrored and recoloured, for a generator's frames
+are none too clean. --keep takes parts of a finished reader as they are; the others begin anew. In DIR:
 mouth-reader.safetensors (averaged weights in bfloat16, ready to use), train.safetensors (what --resume reads) and
 curve.jsonl.
 
@@ -17,10 +19,14 @@ from __future__ import annotations
 import argparse
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from functools import cache, partial
+from itertools import count
+from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Empty
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +41,7 @@ from ..measures.mouth_reader import (
     MOUTH_CROP,
     THUMB,
     Crop,
+    CropReader,
     MouthReader,
     Place,
     as_frames,
@@ -45,7 +52,7 @@ from ..measures.mouth_reader import (
 )
 from ..measures.statistics import r_squared
 from .clips import SIZES
-from .common import Weights, autocast, rate_scale, record
+from .common import Muon, Weights, autocast, beside, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
 from .drawn.layers import opencv
 from .speech import synthesize
@@ -53,35 +60,45 @@ from .speech import synthesize
 log = logging.getLogger(__name__)
 
 QUANTITIES = ("open", "wide", "teeth", "blink")
-_FRAMES = 8  # of a clip
-_FACE = Crop(168, 156, 84.0)  # what the pool keeps of a frame, upright
+PARTS = ("locator", "mouth", "eyes")
+_FRAMES = 10  # of a clip
+_MOUTH, _EYES = Crop(122, 134, 84.0), Crop(62, 97, 44.0)  # what the pool keeps of a frame, upright
 _SCALES = torch.tensor([0.25, 0.5, 0.25, 0.08, 0.08])  # deviations: open, wide, teeth, and the two offsets
 _EYE_SCALES = torch.tensor([0.3, 0.08, 0.08])
-_OFFSET_WEIGHT = 0.15
+_ASIDE_WEIGHT = 0.15
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides a training, beside the machine. Seeds from `seed` millions on are drawn."""
+    """All that decides a training, beside the machine. Seeds from `seed` millions on are drawn.
+
+    clips: people of a step. fresh: new ones a step at most, if they are drawn by then. pool: people kept. speeches:
+    whose mouths they move. keep: parts of the reader that do not learn: locator, mouth, eyes.
+    """
 
     seed: int = 800
-    minutes: float = 15.0
+    minutes: float = 45.0
     clips: int = 20
-    fresh: int = 1
-    pool: int = 240
-    speeches: int = 24
-    held_out: int = 15
+    fresh: int = 4
+    pool: int = 2000
+    speeches: int = 40
+    held_out: int = 30
+    keep: tuple[str, ...] = ()
     learning_rate: float = 2e-3
-    warmup_steps: int = 50
-    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    weight_decay: float = 0.03
     clip_norm: float = 2.0
-    ema: float = 0.995
+    ema: float = 0.998
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 900:
             raise ValueError(f"seed {self.seed} must lie in 0 .. 899: it counts millions, and 900 on are held out")
         if self.minutes <= 0:
             raise ValueError(f"minutes {self.minutes} must be positive")
+        if self.pool < self.clips:
+            raise ValueError(f"a pool of {self.pool} people: a step takes {self.clips}")
+        if unknown := set(self.keep) - set(PARTS):
+            raise ValueError(f"no part of a reader: {', '.join(sorted(unknown))}; its parts are {', '.join(PARTS)}")
 
 
 # Frames
@@ -89,11 +106,12 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Frames:
-    """K frames of one person. thumbs [K, 3, 64, 64] and faces [K, 3, h, w] uint8; truth [K, 4]: QUANTITIES;
+    """K frames of one person. thumbs [K, 3, 64, 64], mouths and eyes [K, 3, h, w] uint8; truth [K, 4]: QUANTITIES;
     spots [K, 2, 2]: mouth and eyes (x, y) in 0..1 of the thumbnail."""
 
     thumbs: Tensor
-    faces: Tensor
+    mouths: Tensor
+    eyes: Tensor
     truth: Tensor
     spots: Tensor
 
@@ -110,9 +128,10 @@ def prepare(video: Image, poses: Sequence[Pose], place: Place) -> Frames:
     frames = as_frames(torch.from_numpy(video))
     thumbs, scale, offset = letterbox(frames)
     spots = (torch.stack([place.mouth, place.eyes], 1) * scale + offset + 0.5) / THUMB
-    faces = cut(frames, (place.mouth + place.eyes) / 2, place.size, place.roll, _FACE)
+    mouths = cut(frames, place.mouth, place.size, place.roll, _MOUTH)
+    eyes = cut(frames, place.eyes, place.size, place.roll, _EYES)
     truth = torch.tensor([[getattr(pose, name) for name in QUANTITIES] for pose in poses])
-    return Frames(_bytes(thumbs), _bytes(faces), truth, spots)
+    return Frames(_bytes(thumbs), _bytes(mouths), _bytes(eyes), truth, spots)
 
 
 def _bytes(frames: Tensor) -> Tensor:
@@ -120,8 +139,11 @@ def _bytes(frames: Tensor) -> Tensor:
 
 
 def random_poses(rng: np.random.Generator, spoken: tuple[Pose, ...], count: int) -> tuple[Pose, ...]:
-    """Poses of one clip: mouth from speech or by chance, within limits of the clip's own; so the blink."""
+    """Poses of one clip: mouth from speech or by chance, within limits of the clip's own; so the blink. In three of
+    ten all is as it was spoken."""
     poses = [spoken[i] for i in rng.integers(len(spoken), size=count)]
+    if rng.random() < 0.3:
+        return tuple(poses)
     if rng.random() < 0.5:
         most, round_, spread = rng.uniform(0.1, 1.0) ** 0.5, -rng.uniform(0, 1), rng.uniform(0, 1)
         shut = rng.random() < 0.3  # then a third of the frames rest
@@ -168,33 +190,46 @@ def spoken_poses(seed: int, seconds: float = 8.0) -> tuple[Pose, ...]:
 
 
 def draw_clip(seed: int, spoken: tuple[Pose, ...]) -> Frames:
-    """A random person in one of the sizes, in random poses, degraded."""
+    """A random person in one of the sizes, in random poses, two of three degraded."""
     rng = np.random.default_rng((seed, 5))
-    size = SIZES[rng.choice(3, p=(0.4, 0.3, 0.3))]
+    size = SIZES[rng.choice(3, p=(0.4, 0.2, 0.4))]
     avatar, poses = Avatar.random(seed), random_poses(rng, spoken, _FRAMES)
     video, _ = render(avatar, poses, size)
-    return prepare(degrade(rng, video), poses, true_place(avatar, poses, size))
+    video = degrade(rng, video) if rng.random() < 0.65 else video
+    return prepare(video, poses, true_place(avatar, poses, size))
+
+
+def people(recipe: Recipe, first: int) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Endless people, each the arrays of a Frames; a speech of theirs is replaced now and then."""
+    bank = [spoken_poses(first + i) for i in range(recipe.speeches)]
+    for i, seed in enumerate(count(first)):
+        yield tuple(tensor.numpy() for tensor in astuple(draw_clip(seed, bank[i % len(bank)])))
+        if i % 200 == 199:
+            bank[i // 200 % len(bank)] = spoken_poses(seed)
 
 
 class Pool:
-    """Clips in memory, of which the oldest are replaced."""
+    """People in memory, of whom the oldest are replaced."""
 
-    def __init__(self, recipe: Recipe, first: int) -> None:
-        self.recipe, self.next, self.at = recipe, first, 0
-        self.bank = [spoken_poses(first + i) for i in range(recipe.speeches)]
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe, self.drawn = recipe, 0
         self.clips: list[Frames] = []
-        self.refresh(recipe.pool)
 
-    def refresh(self, count: int) -> None:
-        """Draw so many new clips."""
-        for _ in range(count):
-            clip = draw_clip(self.next, self.bank[self.next % len(self.bank)])
-            self.next += 1
-            if len(self.clips) < self.recipe.pool:
-                self.clips.append(clip)
-            else:
-                self.clips[self.at] = clip
-                self.at = (self.at + 1) % self.recipe.pool
+    def add(self, person: tuple[NDArray[Any], ...]) -> None:
+        """One more."""
+        place = self.drawn % self.recipe.pool
+        self.clips[place : place + 1] = [Frames(*map(torch.from_numpy, person))]
+        self.drawn += 1
+
+    def take(self, queue: Queue) -> None:
+        """Wait until there are enough for a batch; then those who wait in the queue, as many as a step may take."""
+        while len(self.clips) < self.recipe.clips:
+            self.add(queue.get(timeout=300))
+        for _ in range(self.recipe.fresh):
+            try:
+                self.add(queue.get_nowait())
+            except Empty:
+                return
 
     def batch(self, rng: np.random.Generator) -> Frames:
         """Clips by chance, [B, K, ...]."""
@@ -248,23 +283,31 @@ def _tensor(values: NDArray[np.float64]) -> Tensor:
 # Training
 
 
-def loss_of(reader: MouthReader, batch: Frames, rng: np.random.Generator) -> dict[str, Tensor]:
-    """Losses of a batch [B, K, ...]: of the coarse look on two frames of a clip, of crops set aside at random."""
-    clips = len(batch.truth)
-    look, faces = Look.random(rng, clips), batch.faces.float()
-    mouth_offset, mouth = _jittered(rng, faces, APART / 2, look, MOUTH_CROP)
-    eye_offset, eyes = _jittered(rng, faces, -APART / 2, look, EYES_CROP)
+def loss_of(
+    reader: MouthReader, batch: Frames, rng: np.random.Generator, keep: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Losses of a batch [B, K, ...] of the parts that learn: the coarse look at two frames of a clip, crops set aside
+    at random."""
+    look, losses = Look.random(rng, len(batch.truth)), {}
     truth = batch.truth.flatten(0, 1)
-    read = reader.mouth.tell(reader.mouth.look(mouth), clips).float()
-    seen = reader.eyes.tell(reader.eyes.look(eyes), clips).float()
-    error = (read - torch.cat([truth[:, :3], mouth_offset], 1)) / _SCALES
-    eye_error = (seen - torch.cat([truth[:, 3:], eye_offset], 1)) / _EYE_SCALES
-    return {
-        "place": _place_loss(reader, batch, look, rng),
-        "mouth": error[:, :3].square().mean(),
-        "blink": eye_error[:, :1].square().mean(),
-        "offset": _OFFSET_WEIGHT * (error[:, 3:].square().mean() + eye_error[:, 1:].square().mean()),
-    }
+    if "locator" not in keep:
+        losses["place"] = _place_loss(reader, batch, look, rng)
+    if "mouth" not in keep:
+        error = _crop_error(reader.mouth, (batch.mouths, _MOUTH, MOUTH_CROP), truth[:, :3], look, rng) / _SCALES
+        losses |= {"mouth": error[:, :3].square().mean(), "aside": _ASIDE_WEIGHT * error[:, 3:].square().mean()}
+    if "eyes" not in keep:
+        error = _crop_error(reader.eyes, (batch.eyes, _EYES, EYES_CROP), truth[:, 3:], look, rng) / _EYE_SCALES
+        losses |= {"blink": error[:, :1].square().mean(), "eyes_aside": _ASIDE_WEIGHT * error[:, 1:].square().mean()}
+    return losses
+
+
+def _crop_error(
+    part: CropReader, shown: tuple[Tensor, Crop, Crop], truth: Tensor, look: Look, rng: np.random.Generator
+) -> Tensor:
+    """Readings and places [(B K), outputs] less the truth; shown: of the pool [B, K, 3, H, W], its and our cut."""
+    offset, crops = _jittered(rng, shown[0].float(), shown[1], look, shown[2])
+    told = part.tell(part.look(crops), len(shown[0])).float()
+    return told - torch.cat([truth, offset], 1)
 
 
 def _place_loss(reader: MouthReader, batch: Frames, look: Look, rng: np.random.Generator) -> Tensor:
@@ -279,21 +322,21 @@ def _place_loss(reader: MouthReader, batch: Frames, look: Look, rng: np.random.G
     return F.smooth_l1_loss(offset, torch.zeros_like(offset), beta=0.2)
 
 
-def _jittered(rng: np.random.Generator, faces: Tensor, down: float, look: Look, crop: Crop) -> tuple[Tensor, Tensor]:
-    """How far aside the truth lies [(B K), 2], and crops [(B K), 3, h, w] of what lies `down` half face heights under
-    the middle of the faces [B, K, 3, H, W] (0..255).
+def _jittered(rng: np.random.Generator, kept: Tensor, of: Crop, look: Look, crop: Crop) -> tuple[Tensor, Tensor]:
+    """How far aside the truth lies [(B K), 2], and crops [(B K), 3, h, w] of about the middle of what the pool keeps
+    [B, K, 3, H, W] (0..255), a cut-out of its own.
 
     A third of the persons is misplaced a lot, as by the coarse look, the rest a little.
     """
-    clips, frames = faces.shape[:2]
+    clips, frames = kept.shape[:2]
     far = np.repeat(np.where(rng.random((clips, 1)) < 0.35, 1.0, 0.25), frames, axis=1)
     wrong = far * (0.06 * rng.standard_normal((clips, 1)) + 0.06 * rng.standard_normal((clips, frames)))
-    size = _FACE.density * _tensor(np.exp(np.clip(wrong, -0.3, 0.3))).flatten()
+    size = of.density * _tensor(np.exp(np.clip(wrong, -0.3, 0.3))).flatten()
     roll = _tensor(0.06 * far * rng.standard_normal((clips, frames))).flatten()
     offset = _tensor(np.clip(0.08 * far[..., None] * rng.standard_normal((clips, frames, 2)), -0.25, 0.25))
     offset = offset.flatten(0, 1)
-    true = torch.tensor([(_FACE.columns - 1) / 2, (_FACE.rows - 1) / 2 + down * _FACE.density])
-    crops = cut(faces.flatten(0, 1), true - turned(offset, size, roll), size, roll, crop) / 127.5 - 1
+    true = torch.tensor([(of.columns - 1) / 2, (of.rows - 1) / 2])
+    crops = cut(kept.flatten(0, 1), true - turned(offset, size, roll), size, roll, crop) / 127.5 - 1
     crops = look.apply(crops.unflatten(0, (clips, -1))).flatten(0, 1)
     sign = torch.ones(clips, frames, 2)
     sign[look.mirrored, :, 0] = -1
@@ -307,7 +350,7 @@ class Training:
     recipe: Recipe
     out: Path
     weights: Weights
-    optimiser: torch.optim.Optimizer
+    optimisers: tuple[torch.optim.Optimizer, ...]
     steps: int = 0
     session_steps: int = 0
     spent: float = 0.0
@@ -319,16 +362,16 @@ class Training:
 
 
 def step(state: Training, reader: MouthReader, pool: Pool, rng: np.random.Generator) -> None:
-    """Draw, learn, publish."""
-    pool.refresh(state.recipe.fresh)
+    """Learn, publish."""
     with autocast():
-        losses = loss_of(reader, pool.batch(rng), rng)
+        losses = loss_of(reader, pool.batch(rng), rng, state.recipe.keep)
     torch.stack(list(losses.values())).sum().backward()
     state.weights.clip(state.weights.collect(), state.recipe.clip_norm)
     rate = state.recipe.learning_rate * rate_scale(state.session_steps, state.recipe.warmup_steps, state.progress)
-    for group in state.optimiser.param_groups:
-        group["lr"] = rate
-    state.optimiser.step()
+    for optimiser in state.optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
     state.steps, state.session_steps = state.steps + 1, state.session_steps + 1
     state.weights.publish(state.steps)
     for name, value in losses.items():
@@ -390,34 +433,52 @@ def averaged(state: Training) -> MouthReader:
 def train(recipe: Recipe, out: Path, go_on: bool = False, start: Path | None = None) -> dict[str, float]:
     """Train for recipe.minutes (all sessions together); figures on held-out frames: see `measure`.
 
-    start: a finished reader to begin with.
+    start: a finished reader to begin with, or to take the parts from that are kept.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
-    reader = load_mouth_reader(start).requires_grad_(True) if start else MouthReader()
+    reader = begin(recipe, start)
     weights = Weights(reader, recipe.ema)
-    optimiser = torch.optim.AdamW(
-        weights.master.values(),
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.98),
-        weight_decay=recipe.weight_decay,
-        fused=True,
-    )
-    state = Training(recipe, out, weights, optimiser)
+    state = Training(recipe, out, weights, make_optimisers(recipe, weights))
     if go_on:
         resume(state)
-    clips = held_out_clips(recipe.held_out)
-    pool = Pool(recipe, recipe.seed * 1_000_000 + (state.steps and recipe.pool + recipe.fresh * state.steps))
+    clips, pool = held_out_clips(recipe.held_out), Pool(recipe)
+    first = recipe.seed * 1_000_000 + recipe.fresh * state.steps
     rng = np.random.default_rng((recipe.seed, state.steps))
-    last, measured = time.monotonic(), state.spent
-    while state.progress < 1:
-        step(state, reader, pool, rng)
-        now = time.monotonic()
-        state.spent, last = state.spent + now - last, now
-        if state.spent - measured > 180:
-            _tell(state, clips)
-            measured = state.spent
+    with beside(partial(people, recipe, first), most=64) as queue:
+        pool.take(queue)  # the process beside has to start first, which is no time of training
+        last, measured = time.monotonic(), state.spent
+        while state.progress < 1:
+            pool.take(queue)
+            step(state, reader, pool, rng)
+            now = time.monotonic()
+            state.spent, last = state.spent + now - last, now
+            if state.spent - measured > 180:
+                _tell(state, clips)
+                measured = state.spent
     return _tell(state, clips)
+
+
+def begin(recipe: Recipe, start: Path | None) -> MouthReader:
+    """A reader to be trained. ValueError for parts to keep without a reader to take them from."""
+    if not recipe.keep:
+        return load_mouth_reader(start).requires_grad_(True) if start else MouthReader()
+    if start is None:
+        raise ValueError(f"--keep {' '.join(recipe.keep)}: give --initial, the reader that has them")
+    reader, tensors = MouthReader(), checkpoint.read(start)[0]
+    for name in recipe.keep:
+        part = {n.removeprefix(f"{name}."): t.float() for n, t in tensors.items() if n.startswith(f"{name}.")}
+        checkpoint.load_into(getattr(reader, name), part, f"{name} of {start.name}").requires_grad_(False)
+    return reader
+
+
+def make_optimisers(recipe: Recipe, weights: Weights) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the inner convolutions, AdamW for all else."""
+    inner = [n for n, p in weights.master.items() if p.dim() == 4 and p.shape[1] > 3]
+    rest = [p for n, p in weights.master.items() if n not in inner]
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=True)
+    return adam, Muon([weights.master[n] for n in inner], lr=rate, weight_decay=decay)
 
 
 def _tell(state: Training, clips: list[tuple[Image, tuple[Pose, ...], Place]]) -> dict[str, float]:
@@ -438,11 +499,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed, help="first seed drawn, in millions")
     parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--initial", type=Path, help="a finished reader to begin with, e.g. the one in the package")
+    parser.add_argument("--keep", nargs="+", choices=PARTS, default=(), help="its parts that stay; others begin anew")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    recipe = Recipe(seed=options.seed, minutes=options.minutes, learning_rate=options.learning_rate)
+    recipe = Recipe(
+        seed=options.seed, minutes=options.minutes, keep=tuple(options.keep), learning_rate=options.learning_rate
+    )
     train(recipe, options.out, options.resume, options.initial)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from .manner import HEARD, LIMITS
+
 
 @dataclass(frozen=True)
 class AudioConfig:
@@ -195,7 +197,8 @@ MODELS: dict[str, ModelConfig] = {
             tokens=4,
             channels=160,
             dilations=(1, 2, 4, 1, 2),
-            readings=6,
+            readings=len(HEARD),
+            limits=LIMITS,
         ),
     ),
     "wan-t2v-1.3b": replace(_WAN_1_3B, in_channels=16, image_dim=0),

@@ -121,7 +121,7 @@ def test_training_commands_exist() -> None:
             known = re.search(rf'add_argument\(\s*"{word}"', source)
             assert not word.startswith("--") or known, (words[2], word)
         found += 1
-    assert found == 14
+    assert found == 13
 
 
 # Python
@@ -249,7 +249,7 @@ def symbols_of(c: ModelConfig) -> dict[str, int]:
     if c.audio:
         s |= {"A": c.audio.features, "W": c.audio.width, "K": c.audio.window, "n": c.audio.tokens}
         s |= {"G": c.audio.features // c.audio.columns, "S": c.audio.channels, "k": c.audio.columns // 2 + 4}
-        s |= {"V": c.audio.readings, "H": c.audio.frames_read * c.audio.readings}
+        s |= {"V": c.audio.readings, "H": c.audio.frames_read * c.audio.told}
     if c.s2v and c.audio:
         s |= {"O": c.s2v.audio_layers, "U": c.audio.features // c.s2v.audio_layers}
     if c.face:

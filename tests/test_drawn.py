@@ -320,6 +320,22 @@ def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
     assert not still and losses[-1] < losses[0]
 
 
+def test_uneven_motion_costs_more_than_the_same_error_spread_out() -> None:
+    """A jump where latents meet and a stand between them, against the same way in even steps."""
+    steps = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.4]).view(1, 1, 5, 1, 1)
+    video = steps.expand(1, 3, 5, 4, 4)
+    even, uneven = video * 1.0, torch.tensor([0.0, 0.25, 0.25, 0.25, 0.4]).view(1, 1, 5, 1, 1).expand_as(video)
+    assert trainer.unevenness(even, video) == 0
+    assert trainer.unevenness(video + 0.3, video) < 1e-5  # where it is shown does not matter
+    assert trainer.unevenness(uneven, video) > 1
+    recipe = trainer.Recipe()
+    weights = torch.ones(1, 1, 5, 4, 4)
+    plain, strict = (
+        trainer.picture_loss(replace(recipe, evenness_weight=w), uneven, video, weights) for w in (0.0, 2.0)
+    )
+    assert torch.isclose(strict - plain, 2 * trainer.unevenness(uneven, video))
+
+
 def test_recipe_refuses_a_crop_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples"):
         trainer.Recipe(crop=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -16,8 +17,9 @@ from joyavatar_core import manner
 from joyavatar_core.avatar import load_model
 from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.policy import policy
 from joyavatar_core.projectors import AudioWindowProjector
-from joyavatar_core.training import acting, encoded, trainer
+from joyavatar_core.training import acting, batches, encoded, flow_matching, rehearsal, trainer
 from joyavatar_core.training.clips import POSE_COLUMNS
 
 from .small_training import (
@@ -168,6 +170,58 @@ def test_doubt_is_in_usual_deviations(generator: Path, tmp_path: Path):
     assert (wrong > 0.35).all() and (wrong < 0.65).all()
 
 
+def test_a_rehearsal_follows_from_picture_truth_and_seed(generator: Path):
+    model, clips_, steps = acting.to_be_told(load_model(generator)).float(), told_clips(), policy("joyavatar-flash")
+    geometry = Geometry(64, 64, block_latents=3, spatial=16, patch=PRESET.patch)
+    made = rehearsal.rehearse(model, steps, clips_, 1, geometry)
+    assert made.shape == (30, 16, 4, 4) and torch.isfinite(made).all()
+    assert torch.equal(made, rehearsal.rehearse(model, steps, clips_, 1, geometry))
+    assert clips_.told is not None
+    others = replace(clips_, told=clips_.told.roll(1, 0), audio=clips_.audio.roll(1, 0))
+    assert not torch.equal(made, rehearsal.rehearse(model, steps, others, 1, geometry))
+    unheard = replace(clips_, audio=torch.zeros_like(clips_.audio))
+    assert torch.equal(made, rehearsal.rehearse(model, steps, unheard, 1, geometry))
+
+
+def test_rehearsals_are_made_once_and_belong_to_their_clips(generator: Path, tmp_path: Path):
+    store = rehearsal.RehearsalStore(tmp_path, generator, policy("joyavatar-flash"))
+    with pytest.raises(ValueError, match="no rehearsals"):
+        store.load((told_clips(),))
+    model, geometry = acting.to_be_told(load_model(generator)), Geometry(64, 64, spatial=16, patch=PRESET.patch)
+    store.make(model, told_clips().select(slice(1, 3)), geometry)
+    ages = {path: path.stat().st_mtime_ns for path in store.home.iterdir()}
+    store.make(model, told_clips().select(slice(1, 4)), geometry)
+    assert len(ages) == 2 and all(path.stat().st_mtime_ns == age for path, age in ages.items())
+    (kept,) = store.load((told_clips(),))
+    assert kept.seed.tolist() == [1, 2, 3] and kept.own is not None and kept.own.shape == kept.latents.shape
+    close = kept.close_ups(torch.tensor([2]), 2, (1, 1), random.Random(0))
+    assert close.own is not None and close.own.shape == close.latents.shape == (1, 30, 16, 2, 2)
+    corners = [(y, x) for y in range(3) for x in range(3)]
+    assert any(torch.equal(close.own[0], kept.own[2, ..., y : y + 2, x : x + 2]) for y, x in corners)
+
+
+@pytest.mark.parametrize("odds", [0.0, 1.0])
+def test_it_stands_on_rehearsals_and_learns_the_truth(generator: Path, tmp_path: Path, odds: float):
+    data = told_clips()
+    state = begin(generator, tmp_path, own=odds)
+    state.data = (replace(data, own=data.latents + 1),)
+    batch = state.batch()
+    assert torch.allclose(batch.x0 - batch.true, torch.full_like(batch.true, odds), atol=2e-2)
+    v = batches.predict(state.model, batch)
+    wrong = (batches.clean(batch, v) - batch.true).square().mean(dim=1)
+    recipe = state.recipe
+    weights = batches.loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past)
+    assert torch.isclose(state.loss(batch), batches.weighted_mean(wrong, weights))
+
+
+def test_new_clips_do_not_replace_rehearsals(generator: Path, tmp_path: Path):
+    state = begin(generator, tmp_path)
+    state.data = (replace(told_clips(), own=told_clips().latents),)
+    before = state.data
+    flow_matching.grow(state, None)  # pyright: ignore
+    assert state.data is before
+
+
 def test_clips_without_a_truth_are_refused(generator: Path, tmp_path: Path):
     recipe = acting.Recipe(**(vars(small_recipe()) | {"told": True}))
     state = acting.begin(recipe, tmp_path, (replace(random_clips(6), told=None),), generator)
@@ -188,7 +242,8 @@ def test_the_command(generator: Path, tmp_path: Path):
     out, files = tmp_path / "out", ["--autoencoder", str(small_autoencoder(tmp_path / "autoencoder.safetensors"))]
     recipe = '{"model": "small", "held_out": 1, "tokens": 60}'
     options = ["--clips", str(drawn_clips(folder)), "--out", str(out), "--steps", "2", "--recipe", recipe]
-    acting.main(["--initial", str(generator), *files, *options])
+    acting.main(["--initial", str(generator), "--rehearse", *files, *options])
+    assert len(list(folder.glob("own-*/*"))) == 4
     assert {path.name for path in out.iterdir()} >= {"transformer.safetensors", "train.pt", "curve.jsonl"}
     assert load_model(out / "transformer.safetensors").config.audio.told == TOLD  # pyright: ignore
 

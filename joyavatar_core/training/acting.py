@@ -1,13 +1,15 @@
 """Teaches a transformer to act as it is told: the truth of every frame stands where its ears' readings will.
 
     python -m joyavatar_core.training.acting --initial TRANSFORMER --autoencoder FILE --clips CLIPS --out DIR
-        --minutes 90 [--resume]
+        --minutes 90 [--rehearse] [--resume]
 
 Ears err, and of a glance or a sway they know nothing. A transformer that learns from them learns to doubt them: lips
 open half, lids and eyes smear. Here it is told the true opening, lids, gaze and head of every pixel frame (`manner`),
 so that there is nothing left to guess, and a regression at the levels of the rollout, with the true past behind a mask
 (`sequences`), says all there is to say. Later its ears tell it, as good as they are; what they cannot know is drawn.
-In DIR the files of every training (`trainer`).
+--rehearse lets the transformer make all the clips first and puts what it made in the place of the true latents in some
+of the sequences (`rehearsal`); what it is to make of them are the true ones. In DIR the files of every training
+(`trainer`).
 
 Shape legend: B batch, F latent frames of a sequence, T pixel frames of a latent, K readings, D width.
 """
@@ -23,21 +25,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..avatar import load_model
+from ..avatar import load_light_autoencoder, load_model
 from ..config import AudioConfig
+from ..geometry import Geometry
 from ..manner import LIMITS, usual_deviations
 from ..model import JoyAvatarDiT
 from ..policy import policy as policy_named
-from . import flow_matching, trainer
-from .batches import Batch, Framing, by_level, measured_batch, predict, regression_loss, x0_error
+from . import flow_matching, parallel, trainer
+from .batches import Batch, Framing, by_level, clean, loss_weights, measured_batch, predict, weighted_mean, x0_error
 from .common import training_dtype
 from .encoded import EncodedClips
+from .rehearsal import RehearsalStore
 from .sequences import Layout, attend
 
 
 @dataclass(frozen=True)
 class Recipe(flow_matching.Recipe):
-    """The recipe of flow matching. doubt: how far from the truth it is told, in usual deviations, for ears err."""
+    """The recipe of flow matching.
+
+    doubt: how far from the truth it is told, in usual deviations, for ears err. own: odds of a sequence that stands on
+    a rehearsal, where there are any.
+    """
 
     minutes: float = 90.0
     learning_rate: float = 1e-3
@@ -46,6 +54,7 @@ class Recipe(flow_matching.Recipe):
     eyes: float = 6.0
     framing: Framing = field(default_factory=lambda: Framing(close_ups=0.4, close_up=(12,), small_mouths=0.5))
     doubt: float = 0.1
+    own: float = 0.7
 
 
 @dataclass(kw_only=True)
@@ -58,11 +67,17 @@ class Training(flow_matching.Training[Recipe]):
         assert batch.told is not None
         generator = torch.Generator().manual_seed(self.draws()[1].randrange(2**31))
         wrong = torch.randn(batch.told.shape, generator=generator) * torch.tensor(usual_deviations())
-        return replace(batch, told=batch.told + self.recipe.doubt * wrong)
+        batch = replace(batch, told=batch.told + self.recipe.doubt * wrong)
+        if batch.own is None:
+            return batch
+        stands = torch.rand(len(batch.x0), 1, 1, 1, 1, generator=generator) < self.recipe.own
+        return replace(batch, x0=torch.where(stands, batch.own, batch.x0))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Squared error of the clean latents."""
-        return regression_loss(batch, predict(self.model, batch), self.recipe.mouth, self.recipe.eyes, self.recipe.past)
+        """Squared error of the clean latents that the velocity implies from the true ones."""
+        recipe = self.recipe
+        wrong = (clean(batch, predict(self.model, batch)) - batch.true).square().mean(dim=1)
+        return weighted_mean(wrong, loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past))
 
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out clips, `batches.by_level` in the steady state."""
@@ -117,15 +132,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Teach a transformer to act as it is told.")
     trainer.add_options(parser)
     parser.add_argument("--initial", type=Path, required=True, help="transformer to go on from, e.g. the packaged one")
+    parser.add_argument("--rehearse", action="store_true", help="let it make all clips first, and learn from that too")
     options, recipe = trainer.parse(parser, Recipe, arguments)
-    flow_matching.train(
-        recipe,
-        options.out,
-        options.clips,
-        options.autoencoder,
-        lambda data: begin(recipe, options.out, data, options.initial),
-        options.resume,
-    )
+
+    def start(data: tuple[EncodedClips, ...]) -> Training:
+        data = with_rehearsals(data, options, recipe) if options.rehearse else data
+        return begin(recipe, options.out, data, options.initial)
+
+    flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)
+
+
+def with_rehearsals(
+    data: tuple[EncodedClips, ...], options: argparse.Namespace, recipe: Recipe
+) -> tuple[EncodedClips, ...]:
+    """The clips with what the transformer to go on from makes of them."""
+    store = RehearsalStore(options.clips, options.initial, policy_named(recipe.policy))
+    model = to_be_told(load_model(options.initial)).to(training_dtype()).eval().requires_grad_(False)
+    spatial = load_light_autoencoder(options.autoencoder).spatial
+    for clips in data:
+        height, width = (cells * spatial for cells in clips.latents.shape[-2:])
+        block, patch = store.policy.block_latents, model.config.patch
+        store.make(model, clips, Geometry(width, height, block_latents=block, spatial=spatial, patch=patch))
+    parallel.wait()
+    return store.load(data)
 
 
 if __name__ == "__main__":

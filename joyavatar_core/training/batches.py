@@ -29,7 +29,7 @@ class Batch:
     true, x0, noise [B, C, F, h, w]: latents of the true clips, those to be learnt, mostly the same, and what they are
     mixed with; channels: mask and image channels, the same but for C; image: reference tokens
     [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]; told [B, F, T, K]: readings
-    that stand in place of what is heard, if there are any.
+    that stand in place of what is heard, if there are any; own [B, C, F, h, w]: rehearsals of these frames, likewise.
     """
 
     layout: Layout
@@ -45,6 +45,7 @@ class Batch:
     eyes: Tensor
     timesteps: Tensor
     told: Tensor | None = None
+    own: Tensor | None = None
 
 
 def make_batch(
@@ -81,6 +82,7 @@ def make_batch(
         eyes=data.eyes[rows, frames].float(),
         timesteps=sample_levels(generator, layout, len(clips), mixture),
         told=data.told[rows, frames].float() if told and data.told is not None else None,
+        own=None if data.own is None else data.own[rows, frames].float().transpose(1, 2),
     )
 
 

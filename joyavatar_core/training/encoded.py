@@ -32,13 +32,17 @@ from .common import autocast
 log = logging.getLogger(__name__)
 
 
+_PICTURES = ("latents", "image", "mouth", "eyes", "own")  # what a close-up cuts
+
+
 @dataclass(frozen=True)
 class EncodedClips:
     """N clips of one size and length, in half precision.
 
     seed [N] int64; latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...];
     audio [N, F, W, channels]; mouth, eyes [N, F, h, w]: share of each cell inside the box; told [N, F, T, K]: the true
-    readings of each latent's pixel frames (`manner`), None for clips whose truth nobody knows.
+    readings of each latent's pixel frames (`manner`), None for clips whose truth nobody knows; own [N, F, C, h, w]:
+    what a transformer made of the clips (`rehearsal`), if it did.
     """
 
     seed: Tensor
@@ -48,6 +52,7 @@ class EncodedClips:
     mouth: Tensor
     eyes: Tensor
     told: Tensor | None = None
+    own: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -57,7 +62,7 @@ class EncodedClips:
         """How many latent cells the mouth of each clip fills at its first frame: [N] float32."""
         return self.mouth[:, 0].float().sum(dim=(1, 2))
 
-    def select(self, rows: slice) -> EncodedClips:
+    def select(self, rows: slice | Tensor) -> EncodedClips:
         """Some of the clips."""
         return EncodedClips(**{name: tensor[rows] for name, tensor in self._tensors().items()})
 
@@ -82,8 +87,8 @@ class EncodedClips:
             wanted = random_.gauss(centre - cells / 2, cells / 8)
             corner.append(min(max(0, round(wanted / patch[axis])), (size - cells) // patch[axis]) * patch[axis])
         y, x = (slice(start, start + cells) for start in corner)
-        pieces = {name: getattr(self, name)[clip][..., y, x] for name in ("latents", "image", "mouth", "eyes")}
-        return {name: tensor[clip] for name, tensor in self._tensors().items()} | pieces
+        mine = {name: tensor[clip] for name, tensor in self._tensors().items()}
+        return {name: tensor[..., y, x] if name in _PICTURES else tensor for name, tensor in mine.items()}
 
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""

@@ -161,7 +161,9 @@ def evaluate(model: JoyAvatarDiT, policy: RolloutPolicy, clips: EncodedClips, re
 
 
 def grow(state: Training[Any], store: LatentStore) -> None:
-    """Take in the clips encoded since."""
+    """Take in the clips encoded since; not beside rehearsals, of which these have none."""
+    if any(part.own is not None for part in state.data):
+        return
     if len(store.ready()) > state.recipe.held_out + state.clips():
         state.data, _ = hold_out(store.load(), state.recipe.held_out)
         log.info("training on %d clips", state.clips())

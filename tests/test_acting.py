@@ -144,7 +144,7 @@ def test_places_for_what_is_drawn_change_nothing_at_first(generator: Path):
 
 
 def test_it_learns_what_it_is_told(generator: Path, tmp_path: Path):
-    state = begin(generator, tmp_path, doubt=0.0)
+    state = begin(generator, tmp_path, doubt=0.0, rare=1.0)
     batch = state.batch()
     others = replace(batch, told=batch.told.roll(1, 0))  # pyright: ignore
     for _ in range(60):
@@ -210,8 +210,22 @@ def test_it_stands_on_rehearsals_and_learns_the_truth(generator: Path, tmp_path:
     v = batches.predict(state.model, batch)
     wrong = (batches.clean(batch, v) - batch.true).square().mean(dim=1)
     recipe = state.recipe
-    weights = batches.loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past)
+    weights = batches.loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past) * acting.rare_weights(
+        batch, recipe.rare
+    )
     assert torch.isclose(state.loss(batch), batches.weighted_mean(wrong, weights))
+
+
+def test_closing_lips_and_falling_lids_count_more(generator: Path, tmp_path: Path):
+    batch = begin(generator, tmp_path).batch()
+    told = torch.full_like(batch.told, 0.3)  # pyright: ignore
+    told[0, 0, 1, 0], told[0, 1, :, 0] = 0.0, 0.0  # lips that close for a frame; lips that rest
+    told[0, 2, 3, manner.HEARD.index("blink")] = 0.9
+    share = torch.zeros_like(batch.mouth)
+    share[..., 2, 1] = 1.0
+    batch = replace(batch, told=told, mouth=share, eyes=share.flip(-1))
+    weights = acting.rare_weights(batch, 3.0)
+    assert weights[0, 0, 2, 1] == 3 and weights[0, 2, 2, 2] == 3 and weights.sum() == weights.numel() + 4
 
 
 def test_new_clips_do_not_replace_rehearsals(generator: Path, tmp_path: Path):

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..avatar import load_light_autoencoder, load_model
 from ..config import AudioConfig
 from ..geometry import Geometry
-from ..manner import LIMITS, usual_deviations
+from ..manner import HEARD, LIMITS, usual_deviations
 from ..model import JoyAvatarDiT
 from ..policy import policy as policy_named
 from . import flow_matching, parallel, trainer
@@ -38,13 +38,16 @@ from .encoded import EncodedClips
 from .rehearsal import RehearsalStore
 from .sequences import Layout, attend
 
+_TOUCH, _PART, _SHUT = 0.08, 0.15, 0.4  # openings of lips that touch and that are apart; lids that are falling
+
 
 @dataclass(frozen=True)
 class Recipe(flow_matching.Recipe):
     """The recipe of flow matching.
 
     doubt: how far from the truth it is told, in usual deviations, for ears err. own: odds of a sequence that stands on
-    a rehearsal, where there are any.
+    a rehearsal, where there are any. rare: how much more mouths count in latents whose lips both touch and part, and
+    eyes in those whose lids fall: they are few, and what one looks for.
     """
 
     minutes: float = 90.0
@@ -55,6 +58,7 @@ class Recipe(flow_matching.Recipe):
     framing: Framing = field(default_factory=lambda: Framing(close_ups=0.4, close_up=(12,), small_mouths=0.5))
     doubt: float = 0.1
     own: float = 0.7
+    rare: float = 2.5
 
 
 @dataclass(kw_only=True)
@@ -77,7 +81,8 @@ class Training(flow_matching.Training[Recipe]):
         """Squared error of the clean latents that the velocity implies from the true ones."""
         recipe = self.recipe
         wrong = (clean(batch, predict(self.model, batch)) - batch.true).square().mean(dim=1)
-        return weighted_mean(wrong, loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past))
+        weights = loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past)
+        return weighted_mean(wrong, weights * rare_weights(batch, recipe.rare))
 
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out clips, `batches.by_level` in the steady state."""
@@ -86,6 +91,16 @@ class Training(flow_matching.Training[Recipe]):
         steady = Layout(self.policy, context, window.timesteps)
         batch = measured_batch(self.held_out, steady, self.model.config.patch, self.recipe.mixture, told=True)
         return by_level(self.averaged(), batch, x0_error)
+
+
+def rare_weights(batch: Batch, rare: float) -> Tensor:
+    """[B, F, h, w]: `rare` at mouths whose lips touch and part within a latent and at eyes whose lids fall, else 1."""
+    assert batch.told is not None
+    opening, lids = (batch.told[..., HEARD.index(name)] for name in ("open", "blink"))  # [B, F, T]
+    closing = (opening.amin(-1) < _TOUCH) & (opening.amax(-1) > _PART)
+    falling = lids.amax(-1) > _SHUT
+    cells = closing[..., None, None] * batch.mouth + falling[..., None, None] * batch.eyes
+    return 1 + (rare - 1) * cells.clamp(max=1.0)
 
 
 def to_be_told(model: JoyAvatarDiT) -> JoyAvatarDiT:

@@ -87,7 +87,7 @@ def _gaze(seed: int, time: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rest(seed: int, cell: int) -> tuple[Tensor, Tensor]:
-    aside = _even(seed, cell, 1, "glance")[0] < _GLANCE_ODDS
+    aside = cell > 0 and bool(_even(seed, cell, 1, "glance")[0] < _GLANCE_ODDS)  # the picture itself looks at one
     place = gaussian(seed, cell, 1, (2,), "manner").double() * (_AWAY if aside else _REST)
     x, y = place.clamp(-4.0, 4.0)
     return x, y

@@ -64,6 +64,7 @@ def test_manner_moves_as_the_drawn_people_do():
     shut = column["blink"] > 0.5
     assert 2 < float((shut[:, 1:] & ~shut[:, :-1]).sum()) / 24 < 8  # a minute
     assert all(not column[name].any() for name in ("open", "wide", "teeth", "brow"))
+    assert float(column["gaze_x"][:, :25].abs().max()) < 1.2 < float(column["gaze_x"].abs().max())  # first at one
     assert float(column["head_x"].diff(dim=1).abs().max()) < 0.6  # a head does not jump
 
 

@@ -19,7 +19,7 @@ from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.policy import policy
 from joyavatar_core.projectors import AudioWindowProjector
-from joyavatar_core.training import acting, batches, encoded, flow_matching, rehearsal, trainer
+from joyavatar_core.training import acting, batches, encoded, flow_matching, lips, rehearsal, trainer
 from joyavatar_core.training.clips import POSE_COLUMNS
 
 from .small_training import (
@@ -227,6 +227,22 @@ def test_closing_lips_and_falling_lids_count_more(generator: Path, tmp_path: Pat
     batch = replace(batch, told=told, mouth=share, eyes=share.flip(-1))
     weights = acting.rare_weights(batch, 3.0)
     assert weights[0, 0, 2, 1] == 3 and weights[0, 2, 2, 2] == 3 and weights.sum() == weights.numel() + 4
+
+
+def test_a_judge_has_its_say_of_the_window(generator: Path, tmp_path: Path):
+    state = begin(generator, tmp_path)
+    batch = state.batch()
+    torch.manual_seed(0)
+    judge = lips.LipLoss(lips.LipReader(16).eval().requires_grad_(False), 0.5, 3.0)
+    plain = state.loss(batch)
+    state.judge = judge
+    said = state.loss(batch) - plain
+    made = batches.clean(batch, batches.predict(state.model, batch))
+    seen = judge.seen(batch.true, lips.Lips(batch.frames, batch.mouth))
+    window = torch.ones(batch.frames.shape)
+    window[:, : batch.layout.lead] = 0
+    assert said > 0 and torch.isclose(said, judge(made, seen, window), atol=1e-5)
+    assert judge(batch.true, seen, window) == 0
 
 
 def test_new_clips_do_not_replace_rehearsals(generator: Path, tmp_path: Path):

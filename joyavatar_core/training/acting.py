@@ -1,15 +1,16 @@
 """Teaches a transformer to act as it is told: the truth of every frame stands where its ears' readings will.
 
     python -m joyavatar_core.training.acting --initial TRANSFORMER --autoencoder FILE --clips CLIPS --out DIR
-        --minutes 90 [--rehearse] [--resume]
+        --minutes 90 [--rehearse] [--lips FILE] [--resume]
 
 Ears err, and of a glance or a sway they know nothing. A transformer that learns from them learns to doubt them: lips
 open half, lids and eyes smear. Here it is told the true opening, lids, gaze and head of every pixel frame (`manner`),
 so that there is nothing left to guess, and a regression at the levels of the rollout, with the true past behind a mask
 (`sequences`), says all there is to say. Later its ears tell it, as good as they are; what they cannot know is drawn.
 --rehearse lets the transformer make all the clips first and puts what it made in the place of the true latents in some
-of the sequences (`rehearsal`); what it is to make of them are the true ones. In DIR the files of every training
-(`trainer`).
+of the sequences (`rehearsal`); what it is to make of them are the true ones. Nobody can know what a mouth that was
+never seen open looks like inside, and the mean of what it may look like is a lip that neither closes nor opens; a judge
+(--lips, `lips`) has what is shown read as the truth is read. In DIR the files of every training (`trainer`).
 
 Shape legend: B batch, F latent frames of a sequence, T pixel frames of a latent, K readings, D width.
 """
@@ -35,6 +36,7 @@ from . import flow_matching, parallel, trainer
 from .batches import Batch, Framing, by_level, clean, loss_weights, measured_batch, predict, weighted_mean, x0_error
 from .common import training_dtype
 from .encoded import EncodedClips
+from .lips import LipLoss, Lips, load_lip_loss
 from .rehearsal import RehearsalStore
 from .sequences import Layout, attend
 
@@ -47,7 +49,8 @@ class Recipe(flow_matching.Recipe):
 
     doubt: how far from the truth it is told, in usual deviations, for ears err. own: odds of a sequence that stands on
     a rehearsal, where there are any. rare: how much more mouths count in latents whose lips both touch and part, and
-    eyes in those whose lids fall: they are few, and what one looks for.
+    eyes in those whose lids fall: they are few, and what one looks for. lip_weight: of the judge's loss; shut: how
+    much more frames count there in which lips touch (`lips.LipLoss`).
     """
 
     minutes: float = 90.0
@@ -59,11 +62,15 @@ class Recipe(flow_matching.Recipe):
     doubt: float = 0.1
     own: float = 0.7
     rare: float = 2.5
+    lip_weight: float = 0.15
+    shut: float = 3.0
 
 
 @dataclass(kw_only=True)
 class Training(flow_matching.Training[Recipe]):
-    """Regression to true clips whose truth is told."""
+    """Regression to true clips whose truth is told. judge: of the lips, if there is one."""
+
+    judge: LipLoss | None = None
 
     def batch(self) -> Batch:
         """As in flow matching, and told."""
@@ -78,11 +85,16 @@ class Training(flow_matching.Training[Recipe]):
         return replace(batch, x0=torch.where(stands, batch.own, batch.x0))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Squared error of the clean latents that the velocity implies from the true ones."""
-        recipe = self.recipe
-        wrong = (clean(batch, predict(self.model, batch)) - batch.true).square().mean(dim=1)
-        weights = loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past)
-        return weighted_mean(wrong, weights * rare_weights(batch, recipe.rare))
+        """Squared error of the clean latents that the velocity implies from the true ones, and of the lips in the
+        window as the judge sees them."""
+        recipe, made = self.recipe, clean(batch, predict(self.model, batch))
+        weights = loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past) * rare_weights(batch, recipe.rare)
+        loss = weighted_mean((made - batch.true).square().mean(dim=1), weights)
+        if self.judge is None:
+            return loss
+        counts = torch.ones(batch.frames.shape)
+        counts[:, : batch.layout.lead] = 0
+        return loss + self.judge(made, self.judge.seen(batch.true, Lips(batch.frames, batch.mouth)), counts)
 
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out clips, `batches.by_level` in the steady state."""
@@ -126,7 +138,9 @@ def _with_drawn(weight: Tensor, audio: AudioConfig) -> Tensor:
     return F.pad(heard, (0, len(LIMITS) - audio.readings)).flatten(1)
 
 
-def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path) -> Training:
+def begin(
+    recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path, judge: LipLoss | None = None
+) -> Training:
     """A training at step 0. The ears stay as they are; how readings are laid out over the tokens may change."""
     data, held_out = flow_matching.hold_out(data, recipe.held_out)
     model = to_be_told(load_model(start, attention=attend)).to(training_dtype())
@@ -139,6 +153,7 @@ def begin(recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path
         data=data,
         held_out=held_out,
         policy=policy_named(recipe.policy),
+        judge=judge,
     )
 
 
@@ -148,11 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.add_options(parser)
     parser.add_argument("--initial", type=Path, required=True, help="transformer to go on from, e.g. the packaged one")
     parser.add_argument("--rehearse", action="store_true", help="let it make all clips first, and learn from that too")
+    parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     options, recipe = trainer.parse(parser, Recipe, arguments)
 
     def start(data: tuple[EncodedClips, ...]) -> Training:
         data = with_rehearsals(data, options, recipe) if options.rehearse else data
-        return begin(recipe, options.out, data, options.initial)
+        judge = load_lip_loss(options.lips, recipe.lip_weight, recipe.shut) if options.lips else None
+        return begin(recipe, options.out, data, options.initial, judge)
 
     flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)
 

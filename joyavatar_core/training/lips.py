@@ -34,9 +34,8 @@ from ..geometry import Geometry
 from .batches import weighted_mean
 from .clips import POSE_COLUMNS, clip_path, list_clips, read_pose
 from .common import autocast, kept_share, rate_scale, record
-from .encoded import EncodedClips, LatentStore
+from .encoded import EncodedClips, LatentStore, by_latent
 from .flow_matching import hold_out
-from .listening import by_latent
 
 log = logging.getLogger(__name__)
 

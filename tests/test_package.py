@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from joyavatar_core import checkpoint
 from joyavatar_core.avatar import ASSETS, EMBEDDED_FILES, load_light_autoencoder, load_model
+from joyavatar_core.config import MODELS
+from joyavatar_core.manner import HEARD
 from joyavatar_core.measures.mouth_reader import WEIGHTS, load_mouth_reader
 from joyavatar_core.training import package, trainer
 
-from .small_training import add_small_preset, small_autoencoder, small_training
+from .small_training import HEARING, PRESET, add_small_preset, small_autoencoder, small_training
 
 
 def test_the_package_takes_files_that_load_and_keeps_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -40,6 +43,38 @@ def test_what_is_in_the_package_keeps_the_limits_and_says_where_it_comes_from():
         _, metadata = checkpoint.read(path)
         told = " ".join(metadata.values())
         assert all(word in told for word in ("steps", "seed", "minutes")), path.name
+
+
+def test_readings_of_the_ears_may_be_stretched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add_small_preset(monkeypatch)
+    state = small_training(tmp_path)
+    trainer.save(state)
+    source, out = tmp_path / "transformer.safetensors", tmp_path / "out.safetensors"
+    package.stretch(source, {"open": (2.0, -0.5), "head_y": (0.5, 0.25)}, out)
+    before, after = (load_model(path).float().proj_model for path in (source, out))
+    tokens = torch.randn(1, 16, 256, generator=torch.Generator().manual_seed(0))
+    read, stretched = (ears.read(tokens)[0] for ears in (before, after))  # pyright: ignore
+    for i, name in enumerate(HEARD):
+        gain, offset = {"open": (2.0, -0.5), "head_y": (0.5, 0.25)}.get(name, (1.0, 0.0))
+        assert torch.allclose(stretched[:, i], gain * read[:, i] + offset, atol=2e-2)
+    assert json.loads(checkpoint.read(out)[1]["readings"]) == {"open": [2.0, -0.5], "head_y": [0.5, 0.25]}
+    with pytest.raises(ValueError, match="--reading gaze_x: not heard"):
+        package.stretch(source, {"gaze_x": (1.0, 0.0)}, out)
+
+
+def test_a_blend_with_one_that_was_never_told_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add_small_preset(monkeypatch)
+    state = small_training(tmp_path / "now")
+    state.out.mkdir()
+    trainer.save(state)
+    monkeypatch.setitem(MODELS, "small", replace(PRESET, audio=replace(HEARING, limits=())))
+    old = small_training(tmp_path / "old")
+    old.out.mkdir()
+    trainer.save(old)
+    path = package.blend(
+        state.out / "transformer.safetensors", {old.out / "transformer.safetensors": 0.5}, tmp_path / "both.safetensors"
+    )
+    assert load_model(path).config == state.model.config
 
 
 def test_a_blend_is_the_weighted_sum(tmp_path: Path):

@@ -1,10 +1,12 @@
 """Puts trained weights into the package: bfloat16, our metadata, the names the engine looks for.
 
     python -m joyavatar_core.training.package --autoencoder FILE --transformer FILE --reader FILE [--out DIR]
-        [--blend FILE=0.4 ...]
+        [--blend FILE=0.4 ...] [--reading NAME=GAIN,OFFSET ...]
 
 --blend mixes in the weights of trainings that went on from one another: 0.4 of a teacher makes a student's guidance
 milder; 0.6 of what a training became and -0.6 of what it began from add to another what it learned.
+--reading stretches what the ears tell of a face: they give the mean of what may be, which is less than what is; a lid
+half shut is nobody's, and a nod is a part of the true one.
 Metadata (recipe, data seed, steps, figures) comes along from the training's own files.
 """
 
@@ -15,13 +17,16 @@ import json
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .. import checkpoint
 from ..avatar import ASSETS, EMBEDDED_FILES, load_light_autoencoder, load_model
+from ..manner import HEARD, LIMITS
 from ..measures.mouth_reader import WEIGHTS, load_mouth_reader
+from .acting import to_be_told
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +71,7 @@ def blend(transformer: Path, others: Mapping[Path, float], out: Path) -> Path:
     ours, metadata = checkpoint.read(transformer)
     mixed = {name: (1 - sum(others.values())) * tensor.float() for name, tensor in ours.items()}
     for path, weight in others.items():
-        theirs, _ = checkpoint.read(path)
+        theirs = _told_weights(path)
         if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
             raise checkpoint.CheckpointError(f"{path.name} has other tensors than {transformer.name}: not of its kind")
         for name, tensor in theirs.items():
@@ -76,6 +81,43 @@ def blend(transformer: Path, others: Mapping[Path, float], out: Path) -> Path:
     metadata = metadata | {"blend": json.dumps([*(before if isinstance(before, list) else [before]), *facts])}
     checkpoint.write(out, {name: tensor.to(ours[name].dtype) for name, tensor in mixed.items()}, metadata)
     return out
+
+
+def _told_weights(path: Path) -> checkpoint.Tensors:
+    """Weights of a file; a transformer that hears readings gets places for what is drawn, if it has none yet."""
+    tensors, _ = checkpoint.read(path)
+    return dict(to_be_told(load_model(path)).state_dict()) if "proj_model.conv_out.weight" in tensors else tensors
+
+
+def stretch(transformer: Path, readings: Mapping[str, tuple[float, float]], out: Path) -> Path:
+    """Write the transformer with other readings of its ears, gain times what they were and an offset; gives `out`.
+
+    The limits become those of today. ValueError for a reading that is not heard.
+    """
+    if unknown := set(readings) - set(HEARD):
+        raise ValueError(f"--reading {', '.join(sorted(unknown))}: not heard; what is: {', '.join(HEARD)}")
+    tensors, metadata = checkpoint.read(transformer)
+    weight, bias = (tensors[f"proj_model.conv_out.{part}"].float() for part in ("weight", "bias"))
+    for name, (gain, offset) in readings.items():
+        row = HEARD.index(name)
+        weight[row] *= gain
+        bias[row] = gain * bias[row] + offset
+    stretched = {"proj_model.conv_out.weight": weight, "proj_model.conv_out.bias": bias}
+    config = load_model(transformer).config
+    assert config.audio is not None
+    told = replace(config, audio=replace(config.audio, limits=LIMITS))
+    metadata = metadata | {"model_config": checkpoint.config_to_json(told), "readings": json.dumps(readings)}
+    checkpoint.write(out, {name: stretched.get(name, t).to(t.dtype) for name, t in tensors.items()}, metadata)
+    return out
+
+
+def _reading(text: str) -> tuple[str, tuple[float, float]]:
+    name, _, numbers = text.partition("=")
+    try:
+        gain, offset = (float(number) for number in numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as NAME=GAIN,OFFSET, e.g. blink=4,-0.8") from None
+    return name, (gain, offset)
 
 
 def _weighted(text: str) -> tuple[Path, float]:
@@ -95,12 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--blend", type=_weighted, action="append", metavar="FILE=WEIGHT", help="weights to be mixed in, any number"
     )
+    parser.add_argument("--reading", type=_reading, action="append", metavar="NAME=GAIN,OFFSET", help="of the ears")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
         transformer = options.transformer
         if options.blend:
-            transformer = blend(transformer, dict(options.blend), Path(folder) / transformer.name)
+            transformer = blend(transformer, dict(options.blend), Path(folder) / "blended.safetensors")
+        if options.reading:
+            transformer = stretch(transformer, dict(options.reading), Path(folder) / "stretched.safetensors")
         package(options.autoencoder, transformer, options.reader, options.out)
 
 

@@ -27,7 +27,7 @@ DRAWN = ("gaze_x", "gaze_y", "head_x", "roll", "scale")
 USUAL = ((0.0, 0.2), (0.0, 0.2), (0.0, 0.02), (0.0, 0.012), (1.0, 0.007))
 """Mean and deviation of DRAWN: gaze in -1 .. 1, head in half face heights, roll in radians, size in shares."""
 
-LIMITS = ((-0.2, 1.2), (-1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.0, 1.0), (-0.07, 0.12), *((-5.0, 5.0),) * len(DRAWN))
+LIMITS = ((-0.25, 1.2), (-1.0, 1.0), (0.0, 1.0), (-1.0, 1.0), (0.0, 1.0), (-0.07, 0.12), *((-5.0, 5.0),) * len(DRAWN))
 """Least and most of each reading: where ears say more, no face goes. Of the opening a little more: lips that are asked
 to press close better."""
 

@@ -17,6 +17,7 @@ from joyavatar_core.audio import AudioTokens
 from joyavatar_core.avatar import load_model
 from joyavatar_core.cache import EVERY
 from joyavatar_core.checkpoint import read
+from joyavatar_core.config import AudioConfig
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.model import AudioKV, ConditionKV
 from joyavatar_core.noise import gaussian
@@ -125,9 +126,10 @@ class Hearing(Field):
 
     def __init__(self) -> None:
         super().__init__(lambda x, sigma: torch.zeros_like(x))
-        self.config.audio = "heard"
+        self.config.audio = AudioConfig()
 
-    def audio(self, tokens: Tensor, valid: Tensor | None) -> AudioKV:
+    def audio(self, tokens: Tensor, valid: Tensor | None, manner: Tensor | None) -> AudioKV:
+        assert manner is None
         return AudioKV(((tokens, tokens),), valid)
 
     def forward(self, x: Tensor, timesteps: Tensor, positions: Any, kv: Any, audio: Any, *_: Any, kept: slice) -> tuple:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ def manner(seed: int, frames: Sequence[int], fps: Fraction) -> Tensor:
     """
     time = torch.tensor([float(frame / fps) for frame in frames], dtype=torch.float64)
     columns: dict[str, Tensor] = {name: torch.zeros_like(time) for name in (*HEARD, *DRAWN)}
-    for name, (seconds, deviation) in _SWAY.items():
-        columns[name] = deviation * _sway(time, *_waves(seed, name, seconds))
+    for name, (_, deviation) in _SWAY.items():
+        columns[name] = deviation * _sway(time, *_waves(seed, name))
     columns["gaze_x"], columns["gaze_y"] = _gaze(seed, time)
     columns["blink"] = _blinks(seed, time)
     return torch.stack(list(columns.values()), dim=1).float()
@@ -69,11 +69,11 @@ def as_told(columns: Tensor) -> Tensor:
     return (columns - mean) / deviation
 
 
-@cache
-def _waves(seed: int, name: str, seconds: float) -> tuple[Tensor, Tensor]:
-    """Angular frequencies and phases [_SINES] of a sway with this correlation time."""
+@lru_cache(maxsize=64)  # a host lives long and meets many seeds
+def _waves(seed: int, name: str) -> tuple[Tensor, Tensor]:
+    """Angular frequencies and phases [_SINES] of a sway of _SWAY."""
     draws = _even(seed, (*HEARD, *DRAWN).index(name), 2 * _SINES, "sway")
-    return 2 * torch.pi * (0.25 + 0.75 * draws[:_SINES]) / seconds, 2 * torch.pi * draws[_SINES:]
+    return 2 * torch.pi * (0.25 + 0.75 * draws[:_SINES]) / _SWAY[name][0], 2 * torch.pi * draws[_SINES:]
 
 
 def _sway(time: Tensor, speed: Tensor, phase: Tensor) -> Tensor:

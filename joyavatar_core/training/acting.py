@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ..avatar import load_light_autoencoder, load_model
 from ..config import AudioConfig
-from ..geometry import Geometry
 from ..manner import HEARD, LIMITS, usual_deviations
 from ..model import JoyAvatarDiT
 from ..policy import policy as policy_named
@@ -36,9 +35,9 @@ from . import flow_matching, parallel, trainer
 from .batches import Batch, Framing, by_level, clean, loss_weights, measured_batch, predict, weighted_mean, x0_error
 from .common import training_dtype
 from .encoded import EncodedClips
-from .lips import LipLoss, Lips, load_lip_loss
+from .lips import LipLoss, load_lip_loss
 from .rehearsal import RehearsalStore
-from .sequences import Layout, attend
+from .sequences import attend, steady
 
 _TOUCH, _PART, _SHUT = 0.08, 0.15, 0.4  # openings of lips that touch and that are apart; lids that are falling
 
@@ -90,18 +89,12 @@ class Training(flow_matching.Training[Recipe]):
         recipe, made = self.recipe, clean(batch, predict(self.model, batch))
         weights = loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past) * rare_weights(batch, recipe.rare)
         loss = weighted_mean((made - batch.true).square().mean(dim=1), weights)
-        if self.judge is None:
-            return loss
-        counts = torch.ones(batch.frames.shape)
-        counts[:, : batch.layout.lead] = 0
-        return loss + self.judge(made, self.judge.seen(batch.true, Lips(batch.frames, batch.mouth)), counts)
+        return loss if self.judge is None else loss + self.judge.of_window(batch, made)
 
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out clips, `batches.by_level` in the steady state."""
-        context = self.policy.context_blocks
-        window = self.policy.window_steps(context + self.policy.lead_blocks)[-1]
-        steady = Layout(self.policy, context, window.timesteps)
-        batch = measured_batch(self.held_out, steady, self.model.config.patch, self.recipe.mixture, told=True)
+        layout, patch = steady(self.policy), self.model.config.patch
+        batch = measured_batch(self.held_out, layout, patch, self.recipe.mixture, told=True)
         return by_level(self.averaged(), batch, x0_error)
 
 
@@ -182,9 +175,7 @@ def with_rehearsals(
     model = to_be_told(load_model(options.initial)).to(training_dtype()).eval().requires_grad_(False)
     spatial = load_light_autoencoder(options.autoencoder).spatial
     for clips in data:
-        height, width = (cells * spatial for cells in clips.latents.shape[-2:])
-        block, patch = store.policy.block_latents, model.config.patch
-        store.make(model, clips, Geometry(width, height, block_latents=block, spatial=spatial, patch=patch))
+        store.make(model, clips, clips.geometry(spatial, model.config.patch, store.policy.block_latents))
     parallel.wait()
     return store.load(data)
 

@@ -73,6 +73,11 @@ class EncodedClips:
         """Video tokens of a latent under a transformer's patch."""
         return self.latents.shape[-2] * self.latents.shape[-1] // (patch[0] * patch[1])
 
+    def geometry(self, spatial: int, patch: tuple[int, int], block_latents: int = 3) -> Geometry:
+        """Sizes of the clips under an autoencoder of `spatial` pixels a cell and a transformer's patch."""
+        height, width = (cells * spatial for cells in self.latents.shape[-2:])
+        return Geometry(width, height, block_latents=block_latents, spatial=spatial, patch=patch)
+
     def close_ups(self, clips: Tensor, cells: int, patch: tuple[int, int], random_: random.Random) -> EncodedClips:
         """The given clips [B] cut to squares of latent cells about the mouth: fewer tokens, most of them face."""
         parts = [self._close_up(int(clip), cells, patch, random_) for clip in clips]

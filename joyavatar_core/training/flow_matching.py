@@ -48,7 +48,7 @@ from .clips import list_clips
 from .common import training_dtype
 from .encoded import EncodedClips, LatentStore
 from .listening import load_projector
-from .sequences import Layout, attend, sample_layout
+from .sequences import Layout, attend, sample_layout, steady
 
 log = logging.getLogger(__name__)
 
@@ -150,11 +150,10 @@ def _fresh(recipe: Recipe) -> JoyAvatarDiT:
 @torch.no_grad()  # not inference_mode: RoPE tables are kept, and training uses them too
 def evaluate(model: JoyAvatarDiT, policy: RolloutPolicy, clips: EncodedClips, recipe: Recipe) -> dict[str, float]:
     """Error of the velocity on clips, `batches.by_level` in the steady state; `start` is the very first forward."""
-    context = policy.context_blocks
-    steady = Layout(policy, context, policy.window_steps(context + policy.lead_blocks)[-1].timesteps)
     first = Layout(policy, 0, policy.window_steps(0)[0].timesteps)
     steady_batch, start = (
-        measured_batch(clips, layout, model.config.patch, recipe.mixture, recipe.told) for layout in (steady, first)
+        measured_batch(clips, layout, model.config.patch, recipe.mixture, recipe.told)
+        for layout in (steady(policy), first)
     )
     scores = by_level(model, steady_batch, squared_error)
     return scores | {"start": round(float(squared_error(start, predict(model, start)).mean()), 4)}

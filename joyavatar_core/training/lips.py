@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..autoencoder import TEMPORAL
 from ..geometry import Geometry
-from .batches import weighted_mean
+from .batches import Batch, weighted_mean
 from .clips import POSE_COLUMNS, clip_path, list_clips, read_pose
 from .common import autocast, kept_share, rate_scale, record
 from .encoded import EncodedClips, LatentStore, by_latent
@@ -171,6 +171,12 @@ class LipLoss:
         """The lips of true latents are wanted, as the judge reads them: where it is wrong about a person, it is wrong
         about what is made of this person too."""
         return replace(lips, wanted=self.reader(latents, lips))
+
+    def of_window(self, batch: Batch, made: Tensor) -> Tensor:
+        """Of the clean latents made [B, C, F, h, w] of a batch, those of the window, against the true ones."""
+        counts = torch.ones(batch.frames.shape)
+        counts[:, : batch.layout.lead] = 0
+        return self(made, self.seen(batch.true, Lips(batch.frames, batch.mouth)), counts)
 
     def __call__(self, latents: Tensor, lips: Lips, counts: Tensor) -> Tensor:
         """weight times the mean of `lip_error` of latents [B, C, F, h, w] over those that count; counts [B, F]."""

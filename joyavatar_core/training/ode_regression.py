@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .. import checkpoint
 from ..avatar import load_light_autoencoder, load_model
-from ..geometry import Geometry
 from ..policy import policy as policy_named
 from . import parallel, preview, trainer
 from .batches import (
@@ -46,9 +45,9 @@ from .clips import list_clips
 from .common import record, training_dtype
 from .encoded import EncodedClips, LatentStore
 from .flow_matching import hold_out
-from .lips import LipLoss, Lips, load_lip_loss
+from .lips import LipLoss, load_lip_loss
 from .listening import load_projector
-from .sequences import Layout, attend, sample_layout
+from .sequences import Layout, attend, sample_layout, steady
 from .trajectories import Pairs, PairStore
 
 
@@ -117,21 +116,14 @@ class Training(trainer.Supervised[Recipe]):
         """Of the clean latents, and of the lips in the window."""
         v = predict(self.model, batch)
         loss = regression_loss(batch, v, self.recipe.mouth, self.recipe.eyes, self.recipe.past)
-        if self.judge is None:
-            return loss
-        counts = torch.ones(batch.frames.shape)
-        counts[:, : batch.layout.lead] = 0
-        lips = self.judge.seen(batch.true, Lips(batch.frames, batch.mouth))
-        return loss + self.judge(clean(batch, v), lips, counts)
+        return loss if self.judge is None else loss + self.judge.of_window(batch, clean(batch, v))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out trajectories, `batches.by_level` at all levels of PSB."""
         model, policy, scores = self.averaged(), self.policy, {}
-        context = policy.context_blocks
-        steady = policy.window_steps(context + policy.lead_blocks)[-1].timesteps
         bootstrapped = policy.window_steps(policy.lead_blocks)[-1].timesteps
-        for layout in (Layout(policy, 0, bootstrapped), Layout(policy, context, steady)):
+        for layout in (Layout(policy, 0, bootstrapped), steady(policy)):
             batch = measured_batch(self.held_out.clips, layout, model.config.patch, self.recipe.mixture)
             scores |= by_level(model, self.held_out.on_trajectory(batch), x0_error)
         return scores
@@ -175,11 +167,7 @@ def make_pairs(store: PairStore, data: tuple[EncodedClips, ...], spatial: int) -
     """The trajectories of all clips; spatial: pixels of a latent cell."""
     model = load_model(store.teacher).to(training_dtype()).eval().requires_grad_(False)
     for clips in data:
-        height, width = (cells * spatial for cells in clips.latents.shape[-2:])
-        geometry = Geometry(
-            width, height, block_latents=store.policy.block_latents, spatial=spatial, patch=model.config.patch
-        )
-        store.make(model, clips, geometry)
+        store.make(model, clips, clips.geometry(spatial, model.config.patch, store.policy.block_latents))
 
 
 def train(

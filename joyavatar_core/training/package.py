@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint
-from ..avatar import ASSETS, EMBEDDED_FILES, load_light_autoencoder, load_model
+from ..avatar import ASSETS, EMBEDDED_FILES, config_of, load_light_autoencoder, load_model
 from ..manner import HEARD, LIMITS
 from ..measures.mouth_reader import WEIGHTS, load_mouth_reader
 from .acting import to_be_told
@@ -103,7 +103,7 @@ def stretch(transformer: Path, readings: Mapping[str, tuple[float, float]], out:
         weight[row] *= gain
         bias[row] = gain * bias[row] + offset
     stretched = {"proj_model.conv_out.weight": weight, "proj_model.conv_out.bias": bias}
-    config = load_model(transformer).config
+    config = config_of(metadata, tensors)
     assert config.audio is not None
     told = replace(config, audio=replace(config.audio, limits=LIMITS))
     metadata = metadata | {"model_config": checkpoint.config_to_json(told), "readings": json.dumps(readings)}

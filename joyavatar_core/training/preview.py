@@ -47,8 +47,7 @@ class Preview:
 def choose(held_out: EncodedClips, folder: Path, autoencoder: LightAutoencoder, patch: tuple[int, int]) -> Preview:
     """The first three of the clips, whose files lie in the folder."""
     clips = held_out.select(slice(0, 3))
-    height, width = (cells * autoencoder.spatial for cells in clips.latents.shape[-2:])
-    geometry = Geometry(width, height, spatial=autoencoder.spatial, patch=patch)
+    geometry = clips.geometry(autoencoder.spatial, patch)
     return Preview(tuple(clip_path(folder, int(seed)) for seed in clips.seed), clips, autoencoder, geometry)
 
 

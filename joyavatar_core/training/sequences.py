@@ -63,6 +63,12 @@ class Layout:
         return group[:, None] >= group[None]
 
 
+def steady(policy: RolloutPolicy) -> Layout:
+    """The last forward of a full window with as many finished blocks in sight as there ever are."""
+    context = policy.context_blocks
+    return Layout(policy, context, policy.window_steps(context + policy.lead_blocks)[-1].timesteps)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """An attention.AttentionFn for `Layout.mask`: only the past needs a mask, the window sees everything.
 

@@ -339,19 +339,40 @@ def test_uneven_motion_costs_more_than_the_same_error_spread_out() -> None:
 def test_recipe_refuses_a_crop_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="multiples"):
         trainer.Recipe(crop=100)
+    with pytest.raises(ValueError, match="one of both, encoder, decoder"):
+        trainer.Recipe(learns="head")  # type: ignore[arg-type]
 
 
-def test_the_decoder_learns_on_while_the_latents_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    small = AutoencoderConfig(16, 2, (8, 8, 8), (8, 8, 8, 8), (1, 1, 1), (1, 1, 1))
-    monkeypatch.setitem(trainer.AUTOENCODERS, "small", small)
-    source = small_autoencoder(tmp_path / "finished.safetensors")
-    first = torch.rand(2, 3, 5, 32, 32) * 2 - 1
-    recipe = trainer.Recipe(model="small", size=32, crop=32)
-    state = trainer._begin(recipe, tmp_path, [first], source)
+def go_on(recipe: trainer.Recipe, folder: Path, steps: int) -> tuple[LightAutoencoder, LightAutoencoder]:
+    """A small finished autoencoder, and the same after some steps of a training that goes on with it."""
+    source = small_autoencoder(folder / "finished.safetensors")
+    video = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    state = trainer._begin(recipe, folder, [video], source)
     weights = trainer.region_weights(torch.zeros(2, 5, 3, 4), 32, 32, recipe.regions)
-    for _ in range(3):
-        trainer._step(state, first, weights, 0.0)
+    for _ in range(steps):
+        trainer._step(state, video, weights, 0.0)
     trainer._checkpoint(state, ((9.0,) * 16, (9.0,) * 16))
-    before, after = load_light_autoencoder(source), load_light_autoencoder(tmp_path / "autoencoder.safetensors")
-    assert torch.equal(before.encode(first), after.encode(first))
-    assert not torch.equal(before.decode(before.encode(first)), after.decode(before.encode(first)))
+    return load_light_autoencoder(source), load_light_autoencoder(folder / "autoencoder.safetensors")
+
+
+@pytest.mark.parametrize("learns", ["encoder", "decoder", "both"])
+def test_what_is_to_learn_of_a_finished_autoencoder_does(learns: str, tmp_path: Path) -> None:
+    recipe = trainer.Recipe(size=32, crop=32, learns=learns)
+    before, after = go_on(recipe, tmp_path, steps=3)
+    assert before.config == after.config  # and with it mean and deviation of the latents
+    for part in ("encoder", "decoder"):
+        same = [
+            torch.equal(a, b) for a, b in zip(*(getattr(m, part).parameters() for m in (before, after)), strict=True)
+        ]
+        assert any(same) == all(same) == (learns not in (part, "both"))
+
+
+def test_latents_that_are_pulled_stay_nearer(tmp_path: Path) -> None:
+    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    moved = []
+    for weight in (0.0, 100.0):
+        recipe = trainer.Recipe(size=32, crop=32, near_weight=weight, latent_penalty=0, warmup_steps=1)
+        before, after = go_on(recipe, tmp_path, steps=8)
+        with torch.no_grad():
+            moved.append(float((after.encode(video) - before.encode(video)).square().mean()))
+    assert moved[1] < 0.5 * moved[0]

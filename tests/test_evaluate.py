@@ -19,19 +19,23 @@ from joyavatar_core.measures.mouth_reader import MouthReader
 from joyavatar_core.policy import policy
 from joyavatar_core.training import drawn_sounds, drawn_suite
 from joyavatar_core.training.drawn import sample_clip
-from joyavatar_core.training.drawn_suite import DRIFTS, FIRST_SEED, TARGETS, Figure, Report, Suite, Target
+from joyavatar_core.training.drawn_suite import DRIFTS, FIRST_SEED, TARGETS, Figure, Report, Subject, Suite, Target
 from joyavatar_core.training.speech import synthesize
 
 SMALL = Suite(clips=2, seconds=2.0, long_seconds=4.0, compared=0.6, fit_clips=2, sizes=((64, 64), (64, 96)))
 
 
-@pytest.fixture(scope="module")
-def report() -> Report:
+def subject() -> Subject:
+    """Random weights, the same each time."""
     torch.manual_seed(0)
     reader = MouthReader().requires_grad_(False).eval()
+    return Subject(random_embedded(dtype=torch.float32), policy("joyavatar-flash"), reader)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
     told: list[int] = []
-    avatar = random_embedded(dtype=torch.float32)
-    made = drawn_suite.run_suite(SMALL, avatar, policy("joyavatar-flash"), reader, False, lambda: told.append(1))
+    made = drawn_suite.run_suite(SMALL, subject(), False, lambda: told.append(1))
     assert len(told) == 3
     return made
 
@@ -88,15 +92,27 @@ def test_drift_is_judged_by_its_error(report: Report) -> None:
 
 
 def test_recorded_speech_is_spoken_too(report: Report) -> None:
-    avatar, reader = random_embedded(dtype=torch.float32), MouthReader().requires_grad_(False).eval()
-    chosen = policy("joyavatar-flash")
     sound = 0.1 * np.random.default_rng(0).standard_normal(8000 * 5).astype(np.float32)
-    arguments = (SMALL, report.clips[:2], avatar, chosen, reader, drawn_suite.Clock())
-    found = drawn_suite._speech([(sound, 8000)], *arguments)
+    short, clock = report.clips[:2], drawn_suite.Clock()
+    found = drawn_suite._speech(
+        drawn_suite._recorded([(sound, 8000)], SMALL, short, subject(), None, clock), SMALL, short
+    )
     assert found["speech.on_recorded"].n == 2 and found["speech.on_truth"].n == 2
     assert found["speech.ratio"].mean == pytest.approx(found["speech.on_recorded"].mean / found["speech.on_truth"].mean)
     with pytest.raises(ValueError, match="as long as a clip"):
-        drawn_suite._speech([(sound[:9000], 8000)], *arguments)
+        drawn_suite._recorded([(sound[:9000], 8000)], SMALL, short, subject(), None, clock)
+
+
+@pytest.mark.slow
+def test_workers_share_the_clips_and_find_the_same(report: Report) -> None:
+    sound = 0.1 * np.random.default_rng(0).standard_normal(8000 * 5).astype(np.float32)
+    alone, shared = (
+        drawn_suite.run_suite(SMALL, subject(), False, recorded=[(sound, 8000)], workers=workers) for workers in (0, 2)
+    )
+    for name, figure in alone.figures.items():
+        if name != "speed.fps":
+            assert shared.figures[name].mean == pytest.approx(figure.mean, rel=1e-3, nan_ok=True), name
+    assert [c["seed"] for c in shared.about["clips"]] == [c["seed"] for c in report.about["clips"]]
 
 
 def test_seams_of_the_suite_are_those_of_its_blocks(report: Report) -> None:
@@ -106,9 +122,7 @@ def test_seams_of_the_suite_are_those_of_its_blocks(report: Report) -> None:
     made[9:], made[21:] = 50, 100
     made[1::2] += 5
     result = replace(clip, values={})
-    drawn_suite._measure_seams(
-        result, made[::-1], made, random_embedded(dtype=torch.float32), policy("joyavatar-flash")
-    )
+    drawn_suite._measure_seams(result, made[::-1], made, subject())
     assert result.values["seam_made"] > 5 > 3 > result.values["seam_true"]
 
 

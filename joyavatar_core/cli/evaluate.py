@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_suite(args: argparse.Namespace) -> int:
     try:
-        from ..training.drawn_suite import QUICK, Suite, run_suite, write_pictures
+        from ..training.drawn_suite import QUICK, Subject, Suite, run_suite, write_pictures
     except ModuleNotFoundError as error:
         if error.name and not error.name.endswith("training"):
             raise
@@ -45,15 +45,17 @@ def _run_suite(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads {args.threads} must be at least 1")
         torch.set_num_threads(args.threads)
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers} must be at least 0")
     wanted = {"clips": args.clips, "seconds": args.seconds, "long_seconds": args.long_seconds}
     wanted["long_clips"] = 0 if args.long_seconds == 0 else args.long_clips
     suite = replace(QUICK if args.quick else Suite(), **{k: v for k, v in wanted.items() if v is not None})
-    policy = policy_of(args)
-    avatar, reader = _avatar(args), load_mouth_reader(args.reader) if args.reader else load_mouth_reader()
+    reader = load_mouth_reader(args.reader) if args.reader else load_mouth_reader()
+    subject = Subject(_avatar(args), policy_of(args), reader)
     with _bar(suite.clips + suite.long_clips) as bar:
         recorded = _recorded(Path(args.speech)) if args.speech else []
-        report = run_suite(suite, avatar, policy, reader, on_clip=bar.update, recorded=recorded)
-    report.about.update(command=_command(args, suite), policy=asdict(policy), weights=_weights(args))
+        report = run_suite(suite, subject, on_clip=bar.update, recorded=recorded, workers=args.workers)
+    report.about.update(command=_command(args, suite), policy=asdict(subject.policy), weights=_weights(args))
     if args.out:
         out = Path(args.out)
         report.about["pictures"] = [path.name for path in write_pictures(report, out)]

@@ -231,6 +231,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     suite.add_argument("--seconds", type=float, metavar="S", help="length of a clip (12)")
     suite.add_argument("--long-clips", type=int, metavar="N", help="long runs (1); several: drift with its error")
     suite.add_argument("--long-seconds", type=float, metavar="S", help="length of a long run (120); 0: none")
+    suite.add_argument("--workers", type=int, default=0, metavar="N", help="processes that share the clips (0: none)")
     suite.add_argument("--speech", metavar="FOLDER", help="recorded speech to speak too")
     suite.add_argument("--quick", action="store_true", help="a few short clips: wide intervals, in a minute or two")
     _add_policy(p)

@@ -29,7 +29,7 @@ from ..policy import RolloutPolicy, changed
 from ..policy import policy as policy_named
 from . import dmd, flow_matching, trainer
 from .common import write_whole
-from .drawn_suite import Report, Suite, run_suite
+from .drawn_suite import Report, Subject, Suite, run_suite
 from .encoded import EncodedClips
 from .self_forcing import Odds
 
@@ -133,7 +133,9 @@ def steps_done(home: Path) -> int:
 # Measuring
 
 
-def measure(out: Path, autoencoder: Path, suite: Suite, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+def measure(
+    out: Path, autoencoder: Path, suite: Suite, seeds: Sequence[int] = SEEDS, workers: int = 0
+) -> dict[str, Any]:
     """Every row whose training is there, once for each seed; ablations.json is written after each."""
     path = out / "ablations.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -147,7 +149,8 @@ def measure(out: Path, autoencoder: Path, suite: Suite, seeds: Sequence[int] = S
         for seed in seeds:
             runs = found.setdefault(name, {})
             if str(seed) not in runs:
-                report = run_suite(replace(suite, noise_seed=seed), avatar, row_policy(row), reader)
+                subject = Subject(avatar, row_policy(row), reader)
+                report = run_suite(replace(suite, noise_seed=seed), subject, workers=workers)
                 runs[str(seed)] = _figures(report)
                 write_whole(path, lambda part: part.write_text(json.dumps(found, indent=1) + "\n"))
                 log.info("%s, seed %d: %s", name, seed, runs[str(seed)])
@@ -201,11 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measuring.add_argument("--out", type=Path, required=True)
     measuring.add_argument("--clips", type=int, default=6, help="clips of a row, short and long (%(default)s)")
     measuring.add_argument("--seconds", type=float, default=120.0, help="length of the long ones (%(default)s)")
+    measuring.add_argument("--workers", type=int, default=0, help="processes that share the clips (%(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "measure":
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
         suite = Suite(clips=options.clips, long_clips=options.clips, long_seconds=options.seconds)
-        measure(options.out, options.autoencoder, suite)
+        measure(options.out, options.autoencoder, suite, workers=options.workers)
     else:
         _, recipe = trainer.parse(parser, dmd.Recipe, arguments)
         files = (options.initial, options.teacher, options.autoencoder)

@@ -1,10 +1,11 @@
 """Trains the light autoencoder on drawn clips, on a CPU, within a budget of wall-clock time.
 
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
-    python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --decoder-of FILE --learning-rate 4e-4
+    python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 8e-4
+    python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --source FILE --learns decoder
 
-The second command goes on with the decoder alone: the latents, and with them every transformer trained on them, stay
-what they are.
+The second command goes on with a finished autoencoder and holds its latents near what they were, so that a transformer
+trained on them has little to learn anew. The third goes on with the decoder alone, and the latents stay what they are.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
@@ -26,6 +27,7 @@ from fractions import Fraction
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -46,11 +48,14 @@ log = logging.getLogger(__name__)
 _KINDS = ("drawn", "photo", "texture")
 _KIND_ODDS = (0.77, 0.15, 0.08)
 _HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
-_CLIP_FRAMES = 12  # drawn at once, so that one drawing gives several time slices
+_SPARE_FRAMES = 3  # drawn beyond the longest step's, so that one drawing gives several time slices
 _FACE_FPS = Fraction(16)
 
+_OPTIONS = ("minutes", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
+_LOGGED: tuple[str, ...] = ("loss", "latent", "moved", "norm")
 _STILL = 2 / 255  # change, in half the range, beside which a frame counts as standing still
 
+Part = Literal["both", "encoder", "decoder"]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation of every latent channel
 
 
@@ -61,6 +66,9 @@ class Recipe:
     size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
     noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance;
     regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; evenness_weight: of `unevenness`.
+    pool: clips that steps are cut from; renewed: how many of them are drawn anew for each step.
+    Of a training that goes on with a finished autoencoder: learns: what of it; near_weight: pull of its latents to
+    what they were.
     """
 
     model: str = "tiny"
@@ -83,6 +91,9 @@ class Recipe:
     coarse_weight: float = 0.5
     latent_penalty: float = 0.01
     pool: int = 96
+    renewed: int = 2
+    learns: Part = "both"
+    near_weight: float = 0.0
 
     def __post_init__(self) -> None:
         step = AUTOENCODERS[self.model].spatial
@@ -90,6 +101,13 @@ class Recipe:
             raise ValueError(f"crop {self.crop} and size {self.size} must be multiples of {step}, crop not above size")
         if self.minutes <= 0:
             raise ValueError(f"minutes {self.minutes} must be positive")
+        if self.learns not in get_args(Part):
+            raise ValueError(f"learns {self.learns!r}: one of {', '.join(get_args(Part))}")
+
+    @property
+    def clip_frames(self) -> int:
+        """Pixel frames of the clips that steps are cut from."""
+        return max(frames for frames, _ in self.batches) + _SPARE_FRAMES
 
 
 # Data
@@ -103,7 +121,7 @@ class Sample:
     boxes: NDArray[np.float32]
 
 
-def make_sample(seed: int, kind: str, size: int, frames: int = _CLIP_FRAMES) -> Sample:
+def make_sample(seed: int, kind: str, size: int, frames: int) -> Sample:
     """One clip of a face ("drawn" or "photo") or of a moving "texture", size x size. The seed decides all."""
     return _moving_texture(seed, size, frames) if kind == "texture" else _face(seed, kind == "photo", size, frames)
 
@@ -157,7 +175,7 @@ def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sam
 def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, NDArray[np.float32]]]:
     """Endless batches: video [B, T, crop, crop, 3] uint8 and boxes [B, T, 3, 4].
 
-    Every batch renews two clips of the pool, so drawing costs the same however large the batch is.
+    Every batch renews some clips of the pool, so drawing costs the same however large the batch is.
     """
     rng = np.random.default_rng(seed)
     pool = [_fresh(rng, recipe) for _ in range(min(24, recipe.pool))]
@@ -166,7 +184,7 @@ def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, NDArray[np.float
         for frames, clips in recipe.batches:
             cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
             yield np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts])
-            for _ in range(2):
+            for _ in range(recipe.renewed):
                 pool[turn % recipe.pool : turn % recipe.pool + 1] = [_fresh(rng, recipe)]
                 turn = turn + 1 if len(pool) == recipe.pool else len(pool)
 
@@ -175,7 +193,7 @@ def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
     """A new clip, at full size or (four of ten) between 3/4 and 3/2 of it."""
     scale = rng.uniform(0.75, 1.5) if rng.random() < 0.4 else 1.0
     size = max(recipe.crop, round(recipe.size * scale))
-    return make_sample(int(rng.integers(HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size)
+    return make_sample(int(rng.integers(HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size, recipe.clip_frames)
 
 
 def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
@@ -312,10 +330,11 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return matrix
 
 
-def decoder_alone(source: Path) -> tuple[LightAutoencoder, LightAutoencoder]:
-    """Two copies of a finished autoencoder, the first with an encoder that does not learn."""
+def finished(source: Path, learns: Part) -> tuple[LightAutoencoder, LightAutoencoder]:
+    """Two copies of a finished autoencoder, the first with one half that does not learn or, for "both", none."""
     model, average = (load_light_autoencoder(source).float() for _ in range(2))
-    model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(learns != "decoder")
+    model.decoder.requires_grad_(learns != "encoder")
     return model, average
 
 
@@ -361,10 +380,11 @@ class _Training:
     steps: int = 0
     session_steps: int = 0
     figures: dict[str, float] | None = None
+    before: LightAutoencoder | None = None  # whose latents the new ones are to stay near
 
     @property
     def statistics(self) -> Statistics | None:
-        """Of the latents, where they are settled: the decoder alone is trained."""
+        """Of the latents, where they are settled: a finished autoencoder is trained further."""
         config = self.average.config
         return (config.latent_mean, config.latent_std) if config.latent_mean else None
 
@@ -379,15 +399,26 @@ def _step(state: _Training, video: Tensor, weights: Tensor, noise: float) -> dic
     with autocast():
         made, latents = reconstruct(state.model, video, noise)
     picture, spread = picture_loss(recipe, made, video, weights), latent_loss(latents)
+    moved = _moved(state, video, latents)
     state.model.zero_grad(set_to_none=True)
-    (picture + recipe.latent_penalty * spread).backward()
+    (picture + recipe.latent_penalty * spread + recipe.near_weight * moved).backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
     if torch.isfinite(norm):
         _apply(state, rate)
     state.steps += 1
     state.session_steps += 1
     _update_average(state)
-    return {"loss": picture.item(), "latent": spread.item(), "norm": norm.item()}
+    figures = (picture, spread, moved, norm)
+    return {name: figure.item() for name, figure in zip(_LOGGED, figures, strict=True)}
+
+
+def _moved(state: _Training, video: Tensor, latents: Tensor) -> Tensor:
+    """Mean square of what latents have moved from those of the autoencoder before; 0 where none is held to."""
+    if state.before is None:
+        return latents.new_zeros(())
+    with torch.no_grad(), autocast():
+        before = state.before.encode(video).float()
+    return (latents - before).square().mean()
 
 
 def _apply(state: _Training, rate: float) -> None:
@@ -469,7 +500,7 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
 
 def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None = None) -> _Training:
     if source:
-        model, average = decoder_alone(source)
+        model, average = finished(source, recipe.learns)
     else:
         model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]
@@ -481,7 +512,10 @@ def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None =
     rest = [p for name, p in model.named_parameters() if name not in views and p.requires_grad]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     muon = Muon(views.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    return _Training(recipe, out, model, average, (adam, muon), views)
+    before = load_light_autoencoder(source).float() if source and recipe.near_weight else None
+    if before is not None:
+        before = before.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+    return _Training(recipe, out, model, average, (adam, muon), views, before=before)
 
 
 def _resume(state: _Training) -> None:
@@ -536,7 +570,7 @@ def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
     statistics = _measure(state, samples)
     measured = saved = state.spent
     last = time.monotonic()
-    frames, since, sums = 0.0, state.spent, {"loss": 0.0, "latent": 0.0, "norm": 0.0}
+    frames, since, sums = 0.0, state.spent, dict.fromkeys(_LOGGED, 0.0)
     while state.progress < 1:
         figures = _one_step(state, queue, rng)
         frames += figures["frames"]
@@ -579,7 +613,7 @@ def _final_statistics(state: _Training) -> Statistics:
 def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
-    With a finished autoencoder as `source`, its decoder alone is trained further.
+    With a finished autoencoder as `source`, what of it recipe.learns is trained further.
     Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -606,16 +640,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--crop", type=int)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--decoder-of", type=Path, help="autoencoder.safetensors whose decoder learns on")
+    parser.add_argument("--source", type=Path, help="autoencoder.safetensors to go on with")
+    parser.add_argument("--learns", choices=get_args(Part), help="what of --source")
+    parser.add_argument("--near", dest="near_weight", type=float, help="pull of the latents to those of --source")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
-    given = {name: vars(args)[name] for name in ("minutes", "seed", "size", "crop", "learning_rate")}
+    given = {name: vars(args)[name] for name in _OPTIONS}
     recipe = checkpoint.config_from_json(Recipe, args.recipe)
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    train(recipe, args.out, args.resume, args.decoder_of)
+    train(recipe, args.out, args.resume, args.source)
 
 
 if __name__ == "__main__":

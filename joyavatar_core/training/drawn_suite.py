@@ -12,8 +12,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from .drawn.layers import opencv
 from .drawn_sounds import Heard, mouth_of_sounds, spans_of
 from .mouth_reader import QUANTITIES
 from .speech import Speech, synthesize
+from .workers import in_order, pool
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +238,15 @@ class Clock:
     def at(self, what: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
-        self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - begun
+        self._note(what, time.perf_counter() - begun)
+
+    def add(self, other: Clock) -> None:
+        """What another clock, perhaps of another process, has counted."""
+        for what, seconds in other.spent.items():
+            self._note(what, seconds)
+
+    def _note(self, what: str, seconds: float) -> None:
+        self.spent[what] = self.spent.get(what, 0.0) + seconds
 
 
 @dataclass(frozen=True)
@@ -265,39 +276,57 @@ def check_speech(speech: Speech) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured, under which policy, and what reads its mouths."""
+
+    avatar: Avatar
+    policy: RolloutPolicy
+    reader: MouthReader
+
+
 def run_suite(
     suite: Suite,
-    avatar: Avatar,
-    policy: RolloutPolicy,
-    reader: MouthReader,
+    subject: Subject,
     spoken: bool = True,
     on_clip: Callable[[], None] | None = None,
     recorded: Sequence[tuple[NDArray[np.float32], int]] = (),
+    workers: int = 0,
 ) -> Report:
     """Run everything; on_clip is called after each clip. spoken: refuse to go on with babble (OSError).
 
-    recorded: speech of real people, mono [n] and its rate, that the suite's people speak too.
+    recorded: speech of real people, mono [n] and its rate, that the suite's people speak too. workers: processes of
+    one thread each that share the clips; their figures are the same. ChildProcessError where one of them died.
     """
     clock, started = Clock(), time.perf_counter()
-    results = []
-    for i in range(suite.clips + suite.long_clips):
-        long = i >= suite.clips
-        seed = suite.first_seed + (i - suite.clips + _LONG_OFFSET if long else i)
-        with clock.at("draw"):
-            clip = sample_clip(seed, suite.frames(suite.seconds), suite.sizes[i % len(suite.sizes)], suite.fps)
-        if spoken:
-            check_speech(clip.speech)
-        one = _long_clip if long else _short_clip
-        results.append(one(seed, clip, suite, avatar, policy, reader, clock))
-        if on_clip:
-            on_clip()
+    with pool(workers) as executor:
+        calls = [(None, partial(_run_clip, i, suite, subject, spoken)) for i in range(suite.clips + suite.long_clips)]
+        results = []
+        for _, (result, spent) in in_order(executor, calls, workers + 1):
+            results.append(result)
+            clock.add(spent)
+            if on_clip:
+                on_clip()
+        short, long = results[: suite.clips], results[suite.clips :]
+        follows = _recorded(recorded, suite, short, subject, executor, clock) if recorded else []
     with clock.at("baseline"):
         predictor = fit_predictor(suite)
-    found = _intervals(suite, results[: suite.clips], results[suite.clips :], predictor)
+    found = _intervals(suite, short, long, predictor)
     if recorded:
-        found |= _speech(recorded, suite, results[: suite.clips], avatar, policy, reader, clock)
+        found |= _speech(follows, suite, short)
     figures = {name: _figure(name, found[name]) for name in MEANINGS if name in found}
     return Report(figures, _about(suite, results, clock, time.perf_counter() - started), results)
+
+
+def _run_clip(index: int, suite: Suite, subject: Subject, spoken: bool) -> tuple[ClipResult, Clock]:
+    """One of the suite's clips, the short ones first, and the time it took."""
+    clock, long = Clock(), index >= suite.clips
+    seed = suite.first_seed + (index - suite.clips + _LONG_OFFSET if long else index)
+    with clock.at("draw"):
+        clip = sample_clip(seed, suite.frames(suite.seconds), suite.sizes[index % len(suite.sizes)], suite.fps)
+    if spoken:
+        check_speech(clip.speech)
+    return (_long_clip if long else _short_clip)(seed, clip, suite, subject, clock), clock
 
 
 def fit_predictor(suite: Suite) -> LoudnessPredictor:
@@ -318,10 +347,9 @@ def _noise(seed: int, suite: Suite) -> int:
     return seed + 1_000_000_000 * suite.noise_seed
 
 
-def speak(
-    avatar: Avatar, policy: RolloutPolicy, picture: Image, audio: NDArray[np.float32], rate: int, seed: int
-) -> Iterator[Image]:
+def speak(subject: Subject, picture: Image, audio: NDArray[np.float32], rate: int, seed: int) -> Iterator[Image]:
     """What `joyavatar generate` makes of a picture and a sound [n]: frames [T, H, W, 3], a block at a time."""
+    avatar, policy = subject.avatar, subject.policy
     view = view_for(avatar, policy, picture, picture.shape[1::-1])
     stream = avatar.stream(from_uint8(view.picture), policy, seed)
     for piece in stream.feed(torch.from_numpy(audio), rate):
@@ -342,19 +370,17 @@ def reconstructed(avatar: Avatar, video: Image) -> Image:
     return np.concatenate(parts)
 
 
-def _short_clip(
-    seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
-) -> ClipResult:
+def _short_clip(seed: int, clip: Clip, suite: Suite, subject: Subject, clock: Clock) -> ClipResult:
     result = ClipResult(seed, _noise(seed, suite), clip.video.shape[1:3], clip.speech, clip.video[0], clip.boxes[0, 2])
     result.truth = {name: np.array([getattr(pose, name) for pose in clip.poses]) for name in QUANTITIES}
     with clock.at("autoencoder"):
         count = 1 + (min(len(clip.video), suite.frames(suite.compared)) - 1) // TEMPORAL * TEMPORAL
-        _compare(result, clip, reconstructed(avatar, clip.video[:count]))
-    made = np.concatenate(list(_generated(result, avatar, policy, clock)))
-    _measure_seams(result, clip.video, made, avatar, policy)
+        _compare(result, clip, reconstructed(subject.avatar, clip.video[:count]))
+    made = np.concatenate(list(_generated(result, subject, clock)))
+    _measure_seams(result, clip.video, made, subject)
     with clock.at("read"):
-        result.true = reader.read(torch.from_numpy(clip.video))
-        result.made = reader.read(torch.from_numpy(made))
+        result.true = subject.reader.read(torch.from_numpy(clip.video))
+        result.made = subject.reader.read(torch.from_numpy(made))
     last = suite.frames(min(_LAST, suite.seconds / 2))
     _describe(result, made[-last:])
     result.values["feature_on_truth"] = _own_distance(result, clip.video[-last:])
@@ -373,10 +399,10 @@ def _compare(result: ClipResult, clip: Clip, made: Image) -> None:
         result.values[f"psnr_{name}"] = pictures.psnr(float(errors.mean()))
 
 
-def _generated(result: ClipResult, avatar: Avatar, policy: RolloutPolicy, clock: Clock) -> Iterator[Image]:
+def _generated(result: ClipResult, subject: Subject, clock: Clock) -> Iterator[Image]:
     """Frames as they come; only the engine's own time counts for its speed."""
     speech, spent, frames = result.speech, 0.0, 0
-    stream = speak(avatar, policy, result.picture, speech.audio, speech.sample_rate, result.noise_seed)
+    stream = speak(subject, result.picture, speech.audio, speech.sample_rate, result.noise_seed)
     while True:
         begun = time.perf_counter()
         with clock.at("generate"):
@@ -389,9 +415,9 @@ def _generated(result: ClipResult, avatar: Avatar, policy: RolloutPolicy, clock:
     result.values["fps"] = frames / spent
 
 
-def _measure_seams(result: ClipResult, true: Image, made: Image, avatar: Avatar, policy: RolloutPolicy) -> None:
+def _measure_seams(result: ClipResult, true: Image, made: Image, subject: Subject) -> None:
     """Jumps where blocks of the engine meet, in frames that no codec has touched."""
-    geometry = avatar.geometry((result.size[1], result.size[0]), policy)
+    geometry = subject.avatar.geometry((result.size[1], result.size[0]), subject.policy)
     blocks = Blocks(len(geometry.frames_of_block(0)), len(geometry.frames_of_block(1)))
     for name, frames in (("made", made), ("true", true)):
         result.values[f"seam_{name}"] = seams.jump(seams.change(frames), blocks.seams(len(frames))).mean
@@ -409,16 +435,14 @@ def _own_distance(result: ClipResult, frames: Image) -> float:
     return pictures.feature_distance(layout, own)
 
 
-def _long_clip(
-    seed: int, clip: Clip, suite: Suite, avatar: Avatar, policy: RolloutPolicy, reader: MouthReader, clock: Clock
-) -> ClipResult:
+def _long_clip(seed: int, clip: Clip, suite: Suite, subject: Subject, clock: Clock) -> ClipResult:
     """The first picture of the drawn clip and several utterances; nothing is read here."""
     speech = synthesize(seed, suite.long_seconds, suite.fps)
     result = ClipResult(seed, _noise(seed, suite), clip.video.shape[1:3], speech, clip.video[0], clip.boxes[0, 2])
     kept = _Kept(result.picture, suite)
     x0, y0, x1, y1 = (float(v) for v in result.box)
     face = Face(((x0 + x1) / 2, (y0 + y1) / 2), (y1 - y0) / 2, "given", float("nan"))
-    pieces = kept.watch(_generated(result, avatar, policy, clock))
+    pieces = kept.watch(_generated(result, subject, clock))
     traced = curves.trace(pieces, suite.fps, face, result.picture)
     for name, values in zip(DRIFTS, (traced.layout, traced.colours, traced.sharpness), strict=True):
         result.ends[name] = drift.windows(values, traced.seconds)
@@ -552,19 +576,17 @@ def _drift(long: list[ClipResult]) -> dict[str, Interval]:
     return found
 
 
-def _speech(
+def _recorded(
     recorded: Sequence[tuple[NDArray[np.float32], int]],
     suite: Suite,
     short: list[ClipResult],
-    avatar: Avatar,
-    policy: RolloutPolicy,
-    reader: MouthReader,
+    subject: Subject,
+    executor: Executor | None,
     clock: Clock,
-) -> dict[str, Interval]:
-    """How openings follow loudness: on recorded speech, cut into clips, and on the suite's own.
+) -> list[float]:
+    """How openings follow the loudness of recorded speech, cut into clips: of each clip.
 
-    Recorded speech has no true mouth; what the true opening of synthesised speech has to do with its loudness is what
-    can be asked for. Raises ValueError if no recording is as long as a clip.
+    Raises ValueError if no recording is as long as a clip.
     """
     pieces = [
         (audio[start : start + round(suite.seconds * rate)], rate)
@@ -573,13 +595,27 @@ def _speech(
     ]
     if not pieces:
         raise ValueError(f"no recording of --speech is as long as a clip of {suite.seconds:g} s; give --seconds")
-    values = []
-    for i, (audio, rate) in enumerate(pieces[: suite.clips]):
-        result = short[i % len(short)]
-        with clock.at("recorded"):
-            made = np.concatenate(list(speak(avatar, policy, result.picture, audio, rate, result.noise_seed)))
-            opening = reader.read(torch.from_numpy(made)).open.double().numpy()
-            values.append(_follows(opening, audio, rate, suite))
+    people = [(r.picture, r.noise_seed) for r in short]
+    calls = [
+        (None, partial(_speaks, suite, subject, *people[i % len(people)], *piece))
+        for i, piece in enumerate(pieces[: suite.clips])
+    ]
+    with clock.at("recorded"):
+        return [value for _, value in in_order(executor, calls, 3)]
+
+
+def _speaks(suite: Suite, subject: Subject, picture: Image, seed: int, audio: NDArray[np.float32], rate: int) -> float:
+    made = np.concatenate(list(speak(subject, picture, audio, rate, seed)))
+    opening = subject.reader.read(torch.from_numpy(made)).open.double().numpy()
+    return _follows(opening, audio, rate, suite)
+
+
+def _speech(values: list[float], suite: Suite, short: list[ClipResult]) -> dict[str, Interval]:
+    """How openings follow loudness: on recorded speech (values), and on the suite's own.
+
+    Recorded speech has no true mouth; what the true opening of synthesised speech has to do with its loudness is what
+    can be asked for.
+    """
     own = [_follows(_read(r.made, "open"), r.speech.audio, r.speech.sample_rate, suite) for r in short]
     truth = [_follows(r.truth["open"], r.speech.audio, r.speech.sample_rate, suite) for r in short]
     base = float(np.mean(truth))

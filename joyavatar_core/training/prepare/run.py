@@ -12,24 +12,18 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ... import checkpoint
+from .. import workers
 from ..common import write_whole
 from ..shards import NEGATIVE
 from . import jobs
@@ -39,14 +33,12 @@ from .jobs import Clip, Plan, Refusal
 from .preview import ContactSheet
 from .report import Report, Video
 from .settings import Content, VideoOptions, claim
-from .shots import opencv
 from .sources import Source
 from .writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-C = TypeVar("C")
+_REMEDY = ", or move a video away that upsets the decoder; the same command goes on from here"
 
 
 class Progress(Protocol):
@@ -91,11 +83,11 @@ class _Run:
 
     def clips(self, pool: Executor | None) -> Iterator[tuple[Source | None, Clip | Refusal]]:
         """All clips that are not done, in their order."""
-        yield from in_order(pool, self._calls(pool), self.task.workers + 1)
+        yield from workers.in_order(pool, self._calls(pool), self.task.workers + 1, _REMEDY)
 
     def _calls(self, pool: Executor | None) -> Iterator[tuple[Source | None, Callable[[], Clip | Refusal]]]:
         task = self.task
-        for source, plan in in_order(pool, map(self._scan, task.sources), 2 * task.workers + 1):
+        for source, plan in workers.in_order(pool, map(self._scan, task.sources), 2 * task.workers + 1, _REMEDY):
             self._planned(source, plan)
             for cut in plan.cuts:
                 key = plan.key(cut)
@@ -172,7 +164,7 @@ def prepare(task: Task, encoders: Encoders, progress: Progress, preview: Path | 
         _write_negative(task, encoders)
         with ShardWriter(task.out, task.shard_bytes) as writer:
             run = _Run(task, encoders, progress, writer, ContactSheet(encoders.geometry))
-            with _pool(task.workers) as pool:
+            with workers.pool(task.workers) as pool:
                 for source, clip in run.clips(pool):
                     run.take(source, clip)
         report = _report(run)
@@ -257,76 +249,3 @@ def write_plan(path: Path, plan: Plan) -> None:
 
 def _same(plan: Plan) -> Plan:
     return plan
-
-
-# Processes
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, or None for none. What they still do is dropped when it is left by an error."""
-    if not workers:
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _quiet_worker() -> None:
-    """One thread each; Ctrl-C is the main process's affair, and its end is the end of the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-    opencv().setNumThreads(1)
-
-
-def _end_with_parent() -> None:
-    """A main process that is killed says nothing to its workers, and they would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def in_order(pool: Executor | None, calls: Iterable[tuple[C, Callable[[], T]]], ahead: int) -> Iterator[tuple[C, T]]:
-    """(context, result) of each call in the order given, at most `ahead` of them at work or waiting.
-
-    Raises what a call raises, and ChildProcessError where a process died.
-    """
-    waiting: deque[tuple[C, Future[T]]] = deque()
-    for context, call in calls:
-        if pool is None:
-            yield context, call()
-            continue
-        waiting.append((context, _submitted(pool, call)))
-        if len(waiting) > ahead:
-            yield _result(waiting)
-    while waiting:
-        yield _result(waiting)
-
-
-def _submitted(pool: Executor, call: Callable[[], T]) -> Future[T]:
-    try:
-        return pool.submit(call)
-    except BrokenProcessPool as error:
-        raise _died("") from error
-
-
-def _result(waiting: deque[tuple[Any, Future[T]]]) -> tuple[Any, T]:
-    context, future = waiting.popleft()
-    try:
-        return context, future.result()
-    except BrokenProcessPool as error:
-        raise _died(getattr(context, "name", "")) from error
-
-
-def _died(name: str) -> ChildProcessError:
-    at = f" at {name} or one of the videos after it" if name else ""
-    return ChildProcessError(
-        f"a worker process died{at}, for want of memory or by a video that upsets the decoder: use fewer --workers, or "
-        "move the video away; the same command goes on from here"
-    )

@@ -137,11 +137,11 @@ def told_clips() -> encoded.EncodedClips:
 
 def test_places_for_what_is_drawn_change_nothing_at_first(generator: Path):
     model = load_model(generator).float()
-    wider, told = acting.to_be_told(model), 0.1 * torch.rand(1, 3, 4, HEARD)
+    wider, told = rehearsal.to_be_told(model), 0.1 * torch.rand(1, 3, 4, HEARD)
     drawn = torch.cat([told, torch.randn(1, 3, 4, DRAWN)], -1)
     narrow = model.proj_model.norm(model.proj_model.proj(told.flatten(-2)).unflatten(-1, (2, -1)))  # pyright: ignore
     assert torch.allclose(wider.proj_model.lay_out(drawn), narrow, atol=1e-6)  # pyright: ignore
-    assert acting.to_be_told(wider) is wider
+    assert rehearsal.to_be_told(wider) is wider
 
 
 def test_it_learns_what_it_is_told(generator: Path, tmp_path: Path):
@@ -172,7 +172,7 @@ def test_doubt_is_in_usual_deviations(generator: Path, tmp_path: Path):
 
 
 def test_a_rehearsal_follows_from_picture_truth_and_seed(generator: Path):
-    model, clips_, steps = acting.to_be_told(load_model(generator)).float(), told_clips(), policy("joyavatar-flash")
+    model, clips_, steps = rehearsal.to_be_told(load_model(generator)).float(), told_clips(), policy("joyavatar-flash")
     geometry = Geometry(64, 64, block_latents=3, spatial=16, patch=PRESET.patch)
     made = rehearsal.rehearse(model, steps, clips_, 1, geometry)
     assert made.shape == (30, 16, 4, 4) and torch.isfinite(made).all()
@@ -188,7 +188,7 @@ def test_rehearsals_are_made_once_and_belong_to_their_clips(generator: Path, tmp
     store = rehearsal.RehearsalStore(tmp_path, generator, policy("joyavatar-flash"))
     with pytest.raises(ValueError, match="no rehearsals"):
         store.load((told_clips(),))
-    model, geometry = acting.to_be_told(load_model(generator)), Geometry(64, 64, spatial=16, patch=PRESET.patch)
+    model, geometry = rehearsal.to_be_told(load_model(generator)), Geometry(64, 64, spatial=16, patch=PRESET.patch)
     store.make(model, told_clips().select(slice(1, 3)), geometry)
     ages = {path: path.stat().st_mtime_ns for path in store.home.iterdir()}
     store.make(model, told_clips().select(slice(1, 4)), geometry)
@@ -264,7 +264,7 @@ def test_a_model_without_readings_is_refused(generator: Path):
     deaf = load_model(generator)
     deaf.config = replace(deaf.config, audio=None)
     with pytest.raises(ValueError, match="log-mel windows"):
-        acting.to_be_told(deaf)
+        rehearsal.to_be_told(deaf)
 
 
 def test_the_command(generator: Path, tmp_path: Path):
@@ -277,6 +277,15 @@ def test_the_command(generator: Path, tmp_path: Path):
     assert len(list(folder.glob("own-*/*"))) == 4
     assert {path.name for path in out.iterdir()} >= {"transformer.safetensors", "train.pt", "curve.jsonl"}
     assert load_model(out / "transformer.safetensors").config.audio.told == TOLD  # pyright: ignore
+
+
+def test_rehearsals_of_the_first_clips_alone(generator: Path, tmp_path: Path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    files = ["--autoencoder", str(small_autoencoder(tmp_path / "autoencoder.safetensors"))]
+    rehearsal.main(["--initial", str(generator), *files, "--clips", str(drawn_clips(folder)), "--count", "2"])
+    made = sorted(folder.glob("own-*/*"))
+    assert [path.name for path in made] == [path.name for path in sorted(folder.glob("clip_*"))[:2]]
 
 
 def test_geometry_tells_the_frames_of_a_latent():

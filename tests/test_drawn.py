@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from joyavatar_core import checkpoint
 from joyavatar_core.autoencoder import AutoencoderConfig, LightAutoencoder
 from joyavatar_core.avatar import load_light_autoencoder
 from joyavatar_core.training import autoencoder as trainer
+from joyavatar_core.training import autoencoder_data as data
 from joyavatar_core.training import clips
 from joyavatar_core.training.drawn import (
     HELD_OUT_SEED,
@@ -261,7 +264,7 @@ def test_cut_moves_the_boxes_with_the_picture() -> None:
     boxes_ = np.tile(np.array([20, 30, 36, 40], np.float32), (9, 3, 1))
     rng = np.random.default_rng(0)
     for _ in range(20):
-        piece = trainer.cut(rng, trainer.Sample(video, boxes_), 5, 48)
+        piece = data.cut(rng, data.Sample(video, boxes_), 5, 48)
         weights = trainer.region_weights(torch.from_numpy(piece.boxes[None]), 48, 48, (3.0, 2.0, 1.5))
         lit = torch.from_numpy((piece.video[None, ..., 0] > 0).copy())
         assert piece.video.shape == (5, 48, 48, 3)
@@ -311,11 +314,10 @@ def test_initial_latents_are_normal_and_differ_from_each_other() -> None:
 
 def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
     recipe = trainer.Recipe(batches=((5, 1),), crop=32, size=32, pool=2)
-    frames, found = next(trainer.batches(recipe, 0))
-    video, weights = trainer.as_video(frames), trainer.region_weights(torch.from_numpy(found), 32, 32, (3.0, 2.0, 1.5))
-    state = trainer._begin(recipe, tmp_path, [video])
+    batch = next(data.batches(recipe, 0))
+    state = trainer._begin(recipe, tmp_path, [trainer.as_video(batch.video)])
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    losses = [trainer._step(state, video, weights, 0.0)["loss"] for _ in range(12)]
+    losses = [trainer._step(state, batch, 0.0)["loss"] for _ in range(12)]
     still = [n for n, p in state.model.named_parameters() if p.grad is not None and torch.equal(p, before[n])]
     assert not still and losses[-1] < losses[0]
 
@@ -343,14 +345,18 @@ def test_recipe_refuses_a_crop_that_does_not_fit() -> None:
         trainer.Recipe(learns="head")  # type: ignore[arg-type]
 
 
+def random_frames(*clips_and_frames: int) -> np.ndarray:
+    """[B, T, 32, 32, 3] uint8."""
+    return np.random.default_rng(0).integers(0, 256, (*clips_and_frames, 32, 32, 3), np.uint8)
+
+
 def go_on(recipe: trainer.Recipe, folder: Path, steps: int) -> tuple[LightAutoencoder, LightAutoencoder]:
     """A small finished autoencoder, and the same after some steps of a training that goes on with it."""
     source = small_autoencoder(folder / "finished.safetensors")
-    video = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    state = trainer._begin(recipe, folder, [video], source)
-    weights = trainer.region_weights(torch.zeros(2, 5, 3, 4), 32, 32, recipe.regions)
+    batch = data.Batch(random_frames(2, 5), np.zeros((2, 5, 3, 4), np.float32))
+    state = trainer._begin(recipe, folder, [trainer.as_video(batch.video)], source)
     for _ in range(steps):
-        trainer._step(state, video, weights, 0.0)
+        trainer._step(state, batch, 0.0)
     trainer._checkpoint(state, ((9.0,) * 16, (9.0,) * 16))
     return load_light_autoencoder(source), load_light_autoencoder(folder / "autoencoder.safetensors")
 
@@ -368,11 +374,56 @@ def test_what_is_to_learn_of_a_finished_autoencoder_does(learns: str, tmp_path: 
 
 
 def test_latents_that_are_pulled_stay_nearer(tmp_path: Path) -> None:
-    video = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    moved = []
+    video, moved = trainer.as_video(random_frames(1, 5)), []
     for weight in (0.0, 100.0):
         recipe = trainer.Recipe(size=32, crop=32, near_weight=weight, latent_penalty=0, warmup_steps=1)
         before, after = go_on(recipe, tmp_path, steps=8)
         with torch.no_grad():
             moved.append(float((after.encode(video) - before.encode(video)).square().mean()))
     assert moved[1] < 0.5 * moved[0]
+
+
+def rehearsed_clip(latents: int) -> data.Rehearsed:
+    """64x64, a cell for every 16 pixels. Frame t is of brightness t; latent i, cell (y, x), is i, y, x."""
+    frames = 4 * (latents - 1) + 1
+    video = np.broadcast_to(np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, 64, 64, 3))
+    boxes_ = np.tile(np.array([20, 30, 36, 40], np.float32), (frames, 3, 1))
+    own = np.stack(np.meshgrid(range(latents), range(4), range(4), indexing="ij"), 1).astype(np.float16)
+    return data.Rehearsed(video, boxes_, own)
+
+
+def test_latents_of_a_rehearsal_and_frames_that_they_become_belong_together() -> None:
+    clip = rehearsed_clip(latents=9)
+    for seed in range(20):
+        piece = data.cut_rehearsed(np.random.default_rng(seed), clip, 4, 32)
+        first, y, x = piece.latents[:, 0, 0, 0].astype(int)
+        assert piece.latents.shape == (3, 4, 2, 2) and 1 <= first <= 5
+        assert piece.video.shape == (8, 32, 32, 3)
+        assert piece.video[:, 0, 0, 0].tolist() == list(range(4 * first + 5, 4 * first + 13))  # of its last two latents
+        shown = np.array([20, 30, 36, 40]) - 16 * np.array([x, y, x, y])
+        assert np.array_equal(piece.boxes[0, 0], np.clip(shown, 0, 32))
+
+
+def test_a_rehearsal_teaches_the_decoder_only(tmp_path: Path) -> None:
+    recipe = trainer.Recipe(size=32, crop=32)
+    source = small_autoencoder(tmp_path / "finished.safetensors")
+    state = trainer._begin(recipe, tmp_path, [], source)
+    own = np.random.default_rng(0).standard_normal((2, 16, 4, 2, 2)).astype(np.float16)
+    batch = data.Batch(random_frames(2, 8), np.zeros((2, 8, 3, 4), np.float32), own)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    losses = [trainer._step(state, batch, 0.0)["loss"] for _ in range(6)]
+    moved = {name.split(".")[0] for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"decoder"} and losses[-1] < losses[0]
+
+
+def test_steps_on_rehearsals_come_in_turn(tmp_path: Path) -> None:
+    clip = clips.write_clip(tmp_path, 7, 29, (64, 64))
+    with pytest.raises(ValueError, match="no clips"):
+        trainer.train(trainer.Recipe(size=32, crop=32), tmp_path / "out", rehearsals=tmp_path / "none")
+    own = tmp_path / "own-x" / clip.name
+    own.parent.mkdir()
+    checkpoint.write(own, {"own": torch.zeros(8, 16, 4, 4, dtype=torch.float16)}, {})
+    recipe = trainer.Recipe(size=32, crop=32, pool=2, batches=((5, 1),), rehearsed=(4, 2))
+    drawn, made, again = itertools.islice(data.batches(recipe, 0, [own]), 3)
+    assert drawn.latents is None and again.latents is None and made.latents is not None
+    assert made.latents.shape == (2, 16, 4, 2, 2) and made.video.shape == (2, 8, 32, 32, 3)

@@ -23,20 +23,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..avatar import load_light_autoencoder, load_model
-from ..config import AudioConfig
-from ..manner import HEARD, LIMITS, usual_deviations
-from ..model import JoyAvatarDiT
+from ..avatar import load_model
+from ..manner import HEARD, usual_deviations
 from ..policy import policy as policy_named
-from . import flow_matching, parallel, trainer
+from . import flow_matching, trainer
 from .batches import Batch, Framing, by_level, clean, loss_weights, measured_batch, predict, weighted_mean, x0_error
 from .common import training_dtype
 from .encoded import EncodedClips
 from .lips import LipLoss, load_lip_loss
-from .rehearsal import RehearsalStore
+from .rehearsal import to_be_told, with_rehearsals
 from .sequences import attend, steady
 
 _TOUCH, _PART, _SHUT = 0.08, 0.15, 0.4  # openings of lips that touch and that are apart; lids that are falling
@@ -108,29 +105,6 @@ def rare_weights(batch: Batch, rare: float) -> Tensor:
     return 1 + (rare - 1) * cells.clamp(max=1.0)
 
 
-def to_be_told(model: JoyAvatarDiT) -> JoyAvatarDiT:
-    """The model with places for what is drawn beside what it hears; these are without effect at first.
-
-    ValueError for a model that does not hear by readings.
-    """
-    audio = model.config.audio
-    if audio is None or audio.kind != "window":
-        raise ValueError("only a model with a projector of log-mel windows can be told readings: give one of those")
-    if audio.limits:
-        return model
-    wider = JoyAvatarDiT(replace(model.config, audio=replace(audio, limits=LIMITS)), attention=attend)
-    weights = model.state_dict()
-    weights["proj_model.proj.weight"] = _with_drawn(weights["proj_model.proj.weight"], audio)
-    wider.load_state_dict(weights)
-    return wider
-
-
-def _with_drawn(weight: Tensor, audio: AudioConfig) -> Tensor:
-    """[D, T K heard] -> [D, T K], zero for what is drawn."""
-    heard = weight.unflatten(1, (audio.frames_read, audio.readings))
-    return F.pad(heard, (0, len(LIMITS) - audio.readings)).flatten(1)
-
-
 def begin(
     recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path, judge: LipLoss | None = None
 ) -> Training:
@@ -158,26 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rehearse", action="store_true", help="let it make all clips first, and learn from that too")
     parser.add_argument("--lips", type=Path, metavar="FILE", help="lips.safetensors of training.lips")
     options, recipe = trainer.parse(parser, Recipe, arguments)
+    chosen = policy_named(recipe.policy)
 
     def start(data: tuple[EncodedClips, ...]) -> Training:
-        data = with_rehearsals(data, options, recipe) if options.rehearse else data
+        if options.rehearse:
+            data = with_rehearsals(data, options.clips, options.initial, options.autoencoder, chosen)
         judge = load_lip_loss(options.lips, recipe.lip_weight, recipe.shut) if options.lips else None
         return begin(recipe, options.out, data, options.initial, judge)
 
     flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)
-
-
-def with_rehearsals(
-    data: tuple[EncodedClips, ...], options: argparse.Namespace, recipe: Recipe
-) -> tuple[EncodedClips, ...]:
-    """The clips with what the transformer to go on from makes of them."""
-    store = RehearsalStore(options.clips, options.initial, policy_named(recipe.policy))
-    model = to_be_told(load_model(options.initial)).to(training_dtype()).eval().requires_grad_(False)
-    spatial = load_light_autoencoder(options.autoencoder).spatial
-    for clips in data:
-        store.make(model, clips, clips.geometry(spatial, model.config.patch, store.policy.block_latents))
-    parallel.wait()
-    return store.load(data)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 8e-4
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --source FILE --learns decoder
+        [--rehearsals CLIPS/own-...]
 
 The second command goes on with a finished autoencoder and holds its latents near what they were, so that a transformer
 trained on them has little to learn anew. The third goes on with the decoder alone, and the latents stay what they are.
+With rehearsals (`rehearsal`) the decoder also learns to make true frames of what a transformer made of their clips.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
@@ -19,11 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from functools import partial
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -32,25 +32,20 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
-from .babble import babble
+from .autoencoder_data import HELD_OUT_KINDS, KINDS, Batch, Sample, batches, held_out, make_sample
+from .clips import list_clips
 from .common import Muon, autocast, beside, kept_share, rate_scale, record
-from .drawn import HELD_OUT_SEED, Avatar, Image, motion, photo_like, render, texture
+from .drawn import HELD_OUT_SEED, Image
 
 log = logging.getLogger(__name__)
 
-_KINDS = ("drawn", "photo", "texture")
-_KIND_ODDS = (0.77, 0.15, 0.08)
-_HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
 _SPARE_FRAMES = 3  # drawn beyond the longest step's, so that one drawing gives several time slices
-_FACE_FPS = Fraction(16)
-
 _OPTIONS = ("minutes", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
 _LOGGED: tuple[str, ...] = ("loss", "latent", "moved", "norm")
 _STILL = 2 / 255  # change, in half the range, beside which a frame counts as standing still
@@ -68,7 +63,8 @@ class Recipe:
     regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; evenness_weight: of `unevenness`.
     pool: clips that steps are cut from; renewed: how many of them are drawn anew for each step.
     Of a training that goes on with a finished autoencoder: learns: what of it; near_weight: pull of its latents to
-    what they were.
+    what they were; rehearsed: (latents, clips) of the steps on rehearsals, and the weights of the regions there: of a
+    mouth that is not quite the true one the decoder is to make no mean.
     """
 
     model: str = "tiny"
@@ -94,6 +90,8 @@ class Recipe:
     renewed: int = 2
     learns: Part = "both"
     near_weight: float = 0.0
+    rehearsed: tuple[int, int] = (8, 3)
+    rehearsed_regions: tuple[float, float, float] = (4.0, 3.0, 2.0)
 
     def __post_init__(self) -> None:
         step = AUTOENCODERS[self.model].spatial
@@ -108,97 +106,6 @@ class Recipe:
     def clip_frames(self) -> int:
         """Pixel frames of the clips that steps are cut from."""
         return max(frames for frames, _ in self.batches) + _SPARE_FRAMES
-
-
-# Data
-
-
-@dataclass(frozen=True)
-class Sample:
-    """video [T, H, W, 3] uint8; boxes [T, 3, 4] float32: mouth, eyes and face, x0 y0 x1 y1, empty for textures."""
-
-    video: Image
-    boxes: NDArray[np.float32]
-
-
-def make_sample(seed: int, kind: str, size: int, frames: int) -> Sample:
-    """One clip of a face ("drawn" or "photo") or of a moving "texture", size x size. The seed decides all."""
-    return _moving_texture(seed, size, frames) if kind == "texture" else _face(seed, kind == "photo", size, frames)
-
-
-def _face(seed: int, photo: bool, size: int, frames: int) -> Sample:
-    rng = np.random.default_rng(seed)
-    total = 64
-    speech = babble(seed, float(total / _FACE_FPS), _FACE_FPS)  # mouths are all that counts here
-    start = int(rng.integers(total - frames))
-    avatar = Avatar.random(seed)
-    avatar = replace(avatar, outline=0.0, shade=max(avatar.shade, 0.2)) if photo else avatar
-    video, found = render(avatar, motion(seed, speech, total)[start : start + frames], (size, size))
-    return Sample(photo_like(seed, video) if photo else video, found)
-
-
-def _moving_texture(seed: int, size: int, frames: int) -> Sample:
-    """A texture under a slow pan, zoom and turn."""
-    import cv2
-
-    rng = np.random.default_rng(seed)
-    picture = texture(seed, (size * 5 // 4, size * 5 // 4))
-    pan, zoom, turn = rng.normal(0, 1.5, 2), rng.normal(0, 0.006), rng.normal(0, 0.006)
-    video = []
-    for t in range(frames):
-        scale, angle = math.exp(zoom * t), turn * t
-        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
-        middle = np.array([[cos, -sin], [sin, cos]]) @ np.full(2, -picture.shape[0] / 2) + size / 2 + pan * t
-        matrix = np.array([[cos, -sin, middle[0]], [sin, cos, middle[1]]])
-        video.append(cv2.warpAffine(picture, matrix, (size, size), borderMode=cv2.BORDER_REFLECT))
-    return Sample(np.stack(video).astype(np.uint8), np.zeros((frames, 3, 4), np.float32))
-
-
-def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sample:
-    """A random slice of time and a random crop, mostly about the face, half of them mirrored."""
-    count, height, width = sample.video.shape[:3]
-    start = int(rng.integers(count - frames + 1))
-    boxes = sample.boxes[start : start + frames]
-    corner = rng.uniform(0, 1, 2) * (width - crop, height - crop)
-    if boxes.any() and rng.random() < 0.7:
-        box = boxes[0, int(rng.random() < 0.4)]
-        corner = (box[:2] + box[2:]) / 2 - crop / 2 + rng.normal(0, crop / 6, 2)
-    x, y = np.clip(corner, 0, (width - crop, height - crop)).astype(int)
-    video = sample.video[start : start + frames, y : y + crop, x : x + crop]
-    boxes = np.clip(boxes - np.array([x, y, x, y], np.float32), 0, crop)
-    if rng.random() < 0.5:
-        video = video[:, :, ::-1]
-        boxes = np.stack([crop - boxes[..., 2], boxes[..., 1], crop - boxes[..., 0], boxes[..., 3]], -1)
-    return Sample(video, boxes)
-
-
-def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, NDArray[np.float32]]]:
-    """Endless batches: video [B, T, crop, crop, 3] uint8 and boxes [B, T, 3, 4].
-
-    Every batch renews some clips of the pool, so drawing costs the same however large the batch is.
-    """
-    rng = np.random.default_rng(seed)
-    pool = [_fresh(rng, recipe) for _ in range(min(24, recipe.pool))]
-    turn = 0
-    while True:
-        for frames, clips in recipe.batches:
-            cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
-            yield np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts])
-            for _ in range(recipe.renewed):
-                pool[turn % recipe.pool : turn % recipe.pool + 1] = [_fresh(rng, recipe)]
-                turn = turn + 1 if len(pool) == recipe.pool else len(pool)
-
-
-def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
-    """A new clip, at full size or (four of ten) between 3/4 and 3/2 of it."""
-    scale = rng.uniform(0.75, 1.5) if rng.random() < 0.4 else 1.0
-    size = max(recipe.crop, round(recipe.size * scale))
-    return make_sample(int(rng.integers(HELD_OUT_SEED)), _KINDS[rng.choice(3, p=_KIND_ODDS)], size, recipe.clip_frames)
-
-
-def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
-    """The twelve fixed clips that measure a training: eight drawn, two photo-like, two textures."""
-    return [make_sample(HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(_HELD_OUT_KINDS)]
 
 
 # Loss
@@ -393,17 +300,26 @@ class _Training:
         return min(1.0, self.spent / (60 * self.recipe.minutes))
 
 
-def _step(state: _Training, video: Tensor, weights: Tensor, noise: float) -> dict[str, float]:
-    recipe = state.recipe
-    rate = recipe.learning_rate * rate_scale(state.session_steps, recipe.warmup_steps, state.progress)
-    with autocast():
-        made, latents = reconstruct(state.model, video, noise)
-    picture, spread = picture_loss(recipe, made, video, weights), latent_loss(latents)
-    moved = _moved(state, video, latents)
+def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
+    """One step on drawn clips, which are encoded and decoded, or on rehearsals, which are decoded."""
+    recipe, video = state.recipe, as_video(batch.video)
+    regions = recipe.regions if batch.latents is None else recipe.rehearsed_regions
+    height, width = video.shape[3:]
+    weights = region_weights(torch.from_numpy(batch.boxes), height, width, regions)
+    if batch.latents is None:
+        with autocast():
+            made, latents = reconstruct(state.model, video, noise)
+        spread, moved = latent_loss(latents), _moved(state, video, latents)
+    else:
+        with autocast():
+            made = state.model.decode_unclamped(torch.from_numpy(batch.latents).float())[0]
+        made, spread, moved = made[:, :, -video.shape[2] :].float(), torch.zeros(()), torch.zeros(())
+    picture = picture_loss(recipe, made, video, weights)
     state.model.zero_grad(set_to_none=True)
     (picture + recipe.latent_penalty * spread + recipe.near_weight * moved).backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
     if torch.isfinite(norm):
+        rate = recipe.learning_rate * rate_scale(state.session_steps, recipe.warmup_steps, state.progress)
         _apply(state, rate)
     state.steps += 1
     state.session_steps += 1
@@ -442,9 +358,9 @@ def _update_average(state: _Training) -> None:
 @torch.no_grad()
 def evaluate(model: LightAutoencoder, samples: list[Sample]) -> tuple[dict[str, float], list[Image], Statistics]:
     """PSNR in dB over the held-out clips (by kind; mouth and face of the drawn), reconstructions, statistics."""
-    scores: dict[str, list[float]] = {name: [] for name in (*_KINDS, "mouth", "face")}
+    scores: dict[str, list[float]] = {name: [] for name in (*KINDS, "mouth", "face")}
     pictures, latents = [], []
-    for kind, sample in zip(_HELD_OUT_KINDS, samples, strict=True):
+    for kind, sample in zip(HELD_OUT_KINDS, samples, strict=True):
         latents.append(_encode(model, sample))
         with autocast():
             made = model.decode(latents[-1]).float()
@@ -594,13 +510,11 @@ def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
 
 
 def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[str, float]:
-    frames, boxes = queue.get(timeout=300)
+    batch: Batch = queue.get(timeout=300)
     begun = time.monotonic()
-    video = as_video(frames)
-    size = state.recipe.crop
-    weights = region_weights(torch.from_numpy(boxes), size, size, state.recipe.regions)
-    figures = _step(state, video, weights, float(rng.uniform(*state.recipe.noise)))
-    return {**figures, "frames": float(frames.shape[0] * frames.shape[1]), "seconds": time.monotonic() - begun}
+    figures = _step(state, batch, float(rng.uniform(*state.recipe.noise)))
+    clips, frames = batch.video.shape[:2]
+    return {**figures, "frames": float(clips * frames), "seconds": time.monotonic() - begun}
 
 
 def _final_statistics(state: _Training) -> Statistics:
@@ -610,17 +524,22 @@ def _final_statistics(state: _Training) -> Statistics:
     return latent_statistics([_encode(state.average, sample) for sample in fresh])
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
+def train(
+    recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None, rehearsals: Path | None = None
+) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
-    With a finished autoencoder as `source`, what of it recipe.learns is trained further.
-    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
+    With a finished autoencoder as `source`, what of it recipe.learns is trained further, with a folder of rehearsals
+    on these too.
+    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`, ValueError
+    for a folder without rehearsals.
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     seed = recipe.seed + int(time.time() if resume else 0)
-    with beside(partial(batches, recipe, seed), most=6) as queue:
-        first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
+    paths = list_clips(rehearsals) if rehearsals else ()
+    with beside(partial(batches, recipe, seed, paths), most=6) as queue:
+        first = [as_video(queue.get(timeout=300).video) for _ in range(4)]
         state = _begin(recipe, out, first, source)
         if resume:
             _resume(state)
@@ -643,6 +562,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, help="autoencoder.safetensors to go on with")
     parser.add_argument("--learns", choices=get_args(Part), help="what of --source")
     parser.add_argument("--near", dest="near_weight", type=float, help="pull of the latents to those of --source")
+    parser.add_argument("--rehearsals", type=Path, metavar="FOLDER", help="own-... beside the clips of training.acting")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
     args = parser.parse_args(arguments)
@@ -651,7 +571,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: vars(args)[name] for name in _OPTIONS}
     recipe = checkpoint.config_from_json(Recipe, args.recipe)
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    train(recipe, args.out, args.resume, args.source)
+    train(recipe, args.out, args.resume, args.source, args.rehearsals)
 
 
 if __name__ == "__main__":

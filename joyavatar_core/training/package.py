@@ -26,7 +26,7 @@ from .. import checkpoint
 from ..avatar import ASSETS, EMBEDDED_FILES, config_of, load_light_autoencoder, load_model
 from ..manner import HEARD, LIMITS
 from ..measures.mouth_reader import WEIGHTS, load_mouth_reader
-from .acting import to_be_told
+from .rehearsal import to_be_told
 
 log = logging.getLogger(__name__)
 

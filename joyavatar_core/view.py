@@ -54,6 +54,14 @@ class View:
         """(width, height) of the video."""
         return self.paste.size if self.paste else (self.geometry.width, self.geometry.height)
 
+    def taken(self, frames: np.ndarray) -> np.ndarray:
+        """[T, H, W, 3] of the video -> [T, h, w, 3], as the model would be given them."""
+        if self.paste is None:
+            return frames
+        region, (width, height) = self.paste.region, (self.geometry.width, self.geometry.height)
+        rows, columns = slice(region.y, region.y + region.height), slice(region.x, region.x + region.width)
+        return np.stack([resize(frame[rows, columns], width, height) for frame in frames])
+
     def finished(self, frames: np.ndarray) -> np.ndarray:
         """[T, h, w, 3] of the model -> [T, H, W, 3] of the video."""
         return self.paste(frames) if self.paste else frames

@@ -19,7 +19,7 @@ from joyavatar_core.config import MODELS
 from joyavatar_core.geometry import Geometry
 from joyavatar_core.policy import policy
 from joyavatar_core.projectors import AudioWindowProjector
-from joyavatar_core.training import acting, batches, encoded, flow_matching, lips, rehearsal, trainer
+from joyavatar_core.training import acting, batches, encoded, flow_matching, lips, rehearsal, seen, trainer
 from joyavatar_core.training.clips import POSE_COLUMNS
 
 from .small_training import (
@@ -291,3 +291,16 @@ def test_rehearsals_of_the_first_clips_alone(generator: Path, tmp_path: Path):
 def test_geometry_tells_the_frames_of_a_latent():
     geometry = Geometry(64, 64)
     assert [geometry.frames_told(i) for i in range(3)] == [(0,) * 4, (1, 2, 3, 4), (5, 6, 7, 8)]
+
+
+def test_what_is_seen_of_the_window_counts(generator: Path, tmp_path: Path):
+    state = begin(generator, tmp_path)
+    batch, plain = state.batch(), []
+    for weight in (0.0, 0.5):
+        state.seen = replace(
+            seen.load_seen_loss(small_autoencoder(tmp_path / "autoencoder.safetensors"), weight), cells=2
+        )
+        plain.append(float(state.loss(batch).detach()))
+    made = batches.clean(batch, batches.predict(state.model, batch))
+    wanted = float(state.seen.of_window(batch, made, state.draws()[1]).detach())  # pyright: ignore
+    assert wanted > 0 and plain[1] - plain[0] == pytest.approx(wanted, rel=1e-3)

@@ -114,6 +114,15 @@ def test_frames_are_laid_back_and_the_rest_stands_still():
     assert (made[1][middle] == 255).all()
 
 
+def test_frames_are_taken_as_the_picture_was():
+    scene = small_face()
+    near, whole = view_of(scene, WIDE, SQUARE), view_of(scene, WIDE)
+    taken = near.taken(np.stack([scene, np.zeros_like(scene)]))
+    assert taken.shape == (2, 256, 256, 3) and not taken[1].any()
+    assert np.abs(taken[0].astype(int) - near.picture).mean() < 4  # which was cut from a finer picture
+    assert whole.taken(taken) is taken
+
+
 def test_sinks_get_finished_frames_and_all_the_sound():
     class Kept:
         def __init__(self) -> None:

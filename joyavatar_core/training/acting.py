@@ -10,7 +10,8 @@ so that there is nothing left to guess, and a regression at the levels of the ro
 --rehearse lets the transformer make all the clips first and puts what it made in the place of the true latents in some
 of the sequences (`rehearsal`); what it is to make of them are the true ones. Nobody can know what a mouth that was
 never seen open looks like inside, and the mean of what it may look like is a lip that neither closes nor opens; a judge
-(--lips, `lips`) has what is shown read as the truth is read. In DIR the files of every training (`trainer`).
+(--lips, `lips`) has what is shown read as the truth is read. Nor do latents say how evenly a head moves: with
+"seen_weight" in the recipe their decoded frames count too (`seen`). In DIR the files of every training (`trainer`).
 
 Shape legend: B batch, F latent frames of a sequence, T pixel frames of a latent, K readings, D width.
 """
@@ -34,6 +35,7 @@ from .common import training_dtype
 from .encoded import EncodedClips
 from .lips import LipLoss, load_lip_loss
 from .rehearsal import to_be_told, with_rehearsals
+from .seen import SeenLoss, load_seen_loss
 from .sequences import attend, steady
 
 _TOUCH, _PART, _SHUT = 0.08, 0.15, 0.4  # openings of lips that touch and that are apart; lids that are falling
@@ -46,7 +48,8 @@ class Recipe(flow_matching.Recipe):
     doubt: how far from the truth it is told, in usual deviations, for ears err. own: odds of a sequence that stands on
     a rehearsal, where there are any. rare: how much more mouths count in latents whose lips both touch and part, and
     eyes in those whose lids fall: they are few, and what one looks for. lip_weight: of the judge's loss; shut: how
-    much more frames count there in which lips touch (`lips.LipLoss`).
+    much more frames count there in which lips touch (`lips.LipLoss`). seen_weight: of the loss of decoded frames
+    (`seen`).
     """
 
     minutes: float = 90.0
@@ -60,13 +63,15 @@ class Recipe(flow_matching.Recipe):
     rare: float = 2.5
     lip_weight: float = 0.15
     shut: float = 3.0
+    seen_weight: float = 0.0
 
 
 @dataclass(kw_only=True)
 class Training(flow_matching.Training[Recipe]):
-    """Regression to true clips whose truth is told. judge: of the lips, if there is one."""
+    """Regression to true clips whose truth is told. judge: of the lips, if there is one; seen: of decoded frames."""
 
     judge: LipLoss | None = None
+    seen: SeenLoss | None = None
 
     def batch(self) -> Batch:
         """As in flow matching, and told."""
@@ -81,12 +86,14 @@ class Training(flow_matching.Training[Recipe]):
         return replace(batch, x0=torch.where(stands, batch.own, batch.x0))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Squared error of the clean latents that the velocity implies from the true ones, and of the lips in the
-        window as the judge sees them."""
+        """Squared error of the clean latents that the velocity implies from the true ones, of the lips in the window
+        as the judge sees them, and what is seen of it."""
         recipe, made = self.recipe, clean(batch, predict(self.model, batch))
         weights = loss_weights(batch, recipe.mouth, recipe.eyes, recipe.past) * rare_weights(batch, recipe.rare)
         loss = weighted_mean((made - batch.true).square().mean(dim=1), weights)
-        return loss if self.judge is None else loss + self.judge.of_window(batch, made)
+        if self.judge is not None:
+            loss = loss + self.judge.of_window(batch, made)
+        return loss if self.seen is None else loss + self.seen.of_window(batch, made, self.draws()[1])
 
     def measure(self) -> dict[str, float]:
         """Error of the clean latents on held-out clips, `batches.by_level` in the steady state."""
@@ -106,7 +113,12 @@ def rare_weights(batch: Batch, rare: float) -> Tensor:
 
 
 def begin(
-    recipe: Recipe, out: Path, data: tuple[EncodedClips, ...], start: Path, judge: LipLoss | None = None
+    recipe: Recipe,
+    out: Path,
+    data: tuple[EncodedClips, ...],
+    start: Path,
+    judge: LipLoss | None = None,
+    seen: SeenLoss | None = None,
 ) -> Training:
     """A training at step 0. The ears stay as they are; how readings are laid out over the tokens may change."""
     data, held_out = flow_matching.hold_out(data, recipe.held_out)
@@ -121,6 +133,7 @@ def begin(
         held_out=held_out,
         policy=policy_named(recipe.policy),
         judge=judge,
+        seen=seen,
     )
 
 
@@ -138,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.rehearse:
             data = with_rehearsals(data, options.clips, options.initial, options.autoencoder, chosen)
         judge = load_lip_loss(options.lips, recipe.lip_weight, recipe.shut) if options.lips else None
-        return begin(recipe, options.out, data, options.initial, judge)
+        seen = load_seen_loss(options.autoencoder, recipe.seen_weight) if recipe.seen_weight else None
+        return begin(recipe, options.out, data, options.initial, judge, seen)
 
     flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)
 

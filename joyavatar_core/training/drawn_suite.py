@@ -144,6 +144,7 @@ MEANINGS: dict[str, str] = {
     "autoencoder.psnr_whole": "dB, true frames with a moving mouth encoded and decoded",
     "autoencoder.psnr_face": "dB, in the box of the face",
     "autoencoder.psnr_mouth": "dB, in the box of the mouth",
+    "autoencoder.psnr_mouth_closer": "the same with small faces taken closer, as they are generated",
     "reader.r2_open": "R2 of the mouth reader on true frames, all clips together",
     "reader.r2_wide": "the same for width",
     "reader.r2_teeth": "the same for teeth",
@@ -375,7 +376,7 @@ def _short_clip(seed: int, clip: Clip, suite: Suite, subject: Subject, clock: Cl
     result.truth = {name: np.array([getattr(pose, name) for pose in clip.poses]) for name in QUANTITIES}
     with clock.at("autoencoder"):
         count = 1 + (min(len(clip.video), suite.frames(suite.compared)) - 1) // TEMPORAL * TEMPORAL
-        _compare(result, clip, reconstructed(subject.avatar, clip.video[:count]))
+        _compare(result, clip, *_coded(subject, clip.video[:count]))
     made = np.concatenate(list(_generated(result, subject, clock)))
     _measure_seams(result, clip.video, made, subject)
     with clock.at("read"):
@@ -389,13 +390,22 @@ def _short_clip(seed: int, clip: Clip, suite: Suite, subject: Subject, clock: Cl
     return result
 
 
-def _compare(result: ClipResult, clip: Clip, made: Image) -> None:
-    """PSNR over the frames with a moving mouth, of all frames where there are none."""
+def _coded(subject: Subject, video: Image) -> tuple[Image, Image]:
+    """Frames encoded and decoded as they are, and with a small face taken closer, as `generate` does."""
+    whole = reconstructed(subject.avatar, video)
+    view = view_for(subject.avatar, subject.policy, video[0], video.shape[2:0:-1])
+    return whole, view.finished(reconstructed(subject.avatar, view.taken(video))) if view.paste else whole
+
+
+def _compare(result: ClipResult, clip: Clip, made: Image, closer: Image) -> None:
+    """PSNR over the frames with a moving mouth, of all frames where there are none; see `_coded`."""
     true, boxes = clip.video[: len(made)], clip.boxes[: len(made)]
     change = np.max([np.abs(np.diff(result.truth[n][: len(made)], prepend=0.0)) for n in QUANTITIES[:3]], axis=0)
     moving = change > _MOVING if (change > _MOVING).any() else change >= 0
-    for name, box in (("whole", None), ("face", boxes[moving, 2]), ("mouth", boxes[moving, 0])):
-        errors = pictures.box_errors(made[moving], true[moving], box)
+    face, mouth = boxes[moving, 2], boxes[moving, 0]
+    kinds = (("whole", made, None), ("face", made, face), ("mouth", made, mouth), ("mouth_closer", closer, mouth))
+    for name, shown, box in kinds:
+        errors = pictures.box_errors(shown[moving], true[moving], box)
         result.values[f"psnr_{name}"] = pictures.psnr(float(errors.mean()))
 
 
@@ -491,7 +501,7 @@ def _intervals(
     suite: Suite, short: list[ClipResult], long: list[ClipResult], predictor: LoudnessPredictor
 ) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
-    for name in ("psnr_whole", "psnr_face", "psnr_mouth"):
+    for name in ("psnr_whole", "psnr_face", "psnr_mouth", "psnr_mouth_closer"):
         found[f"autoencoder.{name}"] = statistics.mean_interval([r.values[name] for r in short])
     for name in QUANTITIES:
         read, truth = [_read(r.true, name) for r in short], [r.truth[name] for r in short]

@@ -1,0 +1,83 @@
+"""The loss of what is seen: which frames it looks at, and that it says how even a motion is."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from joyavatar_core.policy import policy
+from joyavatar_core.training import seen
+from joyavatar_core.training.batches import Batch, make_batch
+from joyavatar_core.training.sequences import Layout, Mixture, steady
+
+from .small_training import PRESET, random_clips, small_autoencoder
+
+FLASH = policy("joyavatar-flash")
+
+
+@pytest.fixture(scope="module")
+def loss(tmp_path_factory: pytest.TempPathFactory) -> seen.SeenLoss:
+    path = small_autoencoder(tmp_path_factory.mktemp("seen") / "autoencoder.safetensors")
+    return replace(seen.load_seen_loss(path, 1.0), cells=2)
+
+
+def batch(layout: Layout | None = None) -> Batch:
+    return make_batch(random_clips(6), layout or steady(FLASH), torch.arange(2), PRESET.patch, Mixture(), seed=1)
+
+
+def of_window(loss: seen.SeenLoss, batch: Batch, made: torch.Tensor) -> float:
+    return float(loss.of_window(batch, made, random.Random(0)).detach())
+
+
+@pytest.mark.parametrize("layout", [steady(FLASH), Layout(FLASH, 0, FLASH.window_steps(0)[0].timesteps)])
+def test_only_the_first_blocks_of_the_window_are_looked_at(loss: seen.SeenLoss, layout: Layout) -> None:
+    """And there is a gradient at all of their latents, and none elsewhere."""
+    one = batch(layout)
+    made = one.true.clone().requires_grad_()
+    loss.of_window(one, made + 0.1, random.Random(0)).backward()
+    assert made.grad is not None
+    looked = made.grad.abs().amax(dim=(0, 1, 3, 4)) > 0
+    stop = min(layout.lead + 6, layout.latents)
+    assert looked.tolist() == [layout.lead <= i < stop for i in range(layout.latents)]
+
+
+def test_the_truth_costs_nothing_and_a_weight_is_a_weight(loss: seen.SeenLoss) -> None:
+    one = batch()
+    wrong = one.true + 0.5
+    assert of_window(loss, one, one.true) == 0
+    assert of_window(replace(loss, weight=0.5), one, wrong) == pytest.approx(0.5 * of_window(loss, one, wrong))
+
+
+def test_what_was_made_before_the_window_counts_as_it_was_made(loss: seen.SeenLoss) -> None:
+    """A window that is true beside a frame before it that is not makes a jump."""
+    one = batch()
+    assert of_window(loss, replace(one, x0=one.x0 + 0.5), one.true) > 0
+
+
+def test_mouths_weigh_as_they_are_told(loss: seen.SeenLoss) -> None:
+    cells = torch.ones(1, 1, 3, 2, 2)
+    cells[0, 0, 1, 0, 0] = 5
+    weights = seen._of_frames(cells, 4)
+    assert weights.shape == (1, 1, 9, 8, 8) and weights.mean() == pytest.approx(1)
+    heavy = weights == weights.max()
+    assert heavy[0, 0].flatten(1).sum(1).tolist() == [0, 16, 16, 16, 16, 0, 0, 0, 0]
+    assert heavy[0, 0, 1:5, :4, :4].all()
+
+
+def test_the_square_is_about_the_mouth_and_inside_the_picture(loss: seen.SeenLoss) -> None:
+    mouth = torch.zeros(3, 9, 12)
+    mouth[:, 7, 2] = 1
+    drawn = [replace(loss, cells=4)._crop(mouth, random.Random(seed)) for seed in range(50)]
+    assert all(rows.stop - rows.start == 4 == columns.stop - columns.start for rows, columns in drawn)
+    assert all(0 <= rows.start <= 5 and 0 <= columns.start <= 8 for rows, columns in drawn)
+    shown = sum(rows.start <= 7 < rows.stop and columns.start <= 2 < columns.stop for rows, columns in drawn)
+    assert shown > 30
+
+
+def test_a_file_is_loaded_frozen(tmp_path: Path) -> None:
+    found = seen.load_seen_loss(small_autoencoder(tmp_path / "autoencoder.safetensors"), 0.3)
+    assert found.weight == 0.3 and not any(p.requires_grad for p in found.decoder.parameters())

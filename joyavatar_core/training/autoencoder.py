@@ -1,13 +1,14 @@
 """Trains the light autoencoder on drawn clips, on a CPU, within a budget of wall-clock time.
 
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
-    python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 8e-4
+    python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 4e-4
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --source FILE --learns decoder
         [--rehearsals CLIPS/own-...]
 
 The second command goes on with a finished autoencoder and holds its latents near what they were, so that a transformer
 trained on them has little to learn anew. The third goes on with the decoder alone, and the latents stay what they are.
-With rehearsals (`rehearsal`) the decoder also learns to make true frames of what a transformer made of their clips.
+With rehearsals (`rehearsal`) the decoder also learns to make true frames of what a transformer made of their clips:
+evener motion, a softer picture.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and

@@ -118,7 +118,7 @@ def test_training_commands_exist() -> None:
         if "trainer.add_options(parser)" in source:
             source += (ROOT / "joyavatar_core/training/trainer.py").read_text()
         for word in words[3:]:
-            known = re.search(rf'add_argument\(\s*"{word}"', source)
+            known = re.search(rf'add_argument\(\s*"{re.escape(word)}"', source)
             assert not word.startswith("--") or known, (words[2], word)
         found += 1
     assert found == 14

@@ -246,6 +246,12 @@ def finished(source: Path, learns: Part) -> tuple[LightAutoencoder, LightAutoenc
     return model, average
 
 
+def frozen(source: Path) -> LightAutoencoder:
+    """A finished autoencoder that is only asked, in the layout convolutions like."""
+    model = load_light_autoencoder(source).float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
 def latent_statistics(latents: list[Tensor]) -> Statistics:
     """Mean and deviation of every channel over latents of any sizes, each [B, C, F, h, w], not normalised."""
     flat = torch.cat([x.transpose(0, 1).flatten(1) for x in latents], dim=1)
@@ -429,9 +435,7 @@ def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None =
     rest = [p for name, p in model.named_parameters() if name not in views and p.requires_grad]
     adam = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     muon = Muon(views.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    before = load_light_autoencoder(source).float() if source and recipe.near_weight else None
-    if before is not None:
-        before = before.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
+    before = frozen(source) if source and recipe.near_weight else None
     return _Training(recipe, out, model, average, (adam, muon), views, before=before)
 
 

@@ -101,13 +101,13 @@ def windows(latents: Tensor, mouth: Tensor) -> Tensor:
     half = _WINDOW // 2
     padded = F.pad(latents.transpose(1, 2).flatten(0, 1), (half, half, half, half))
     share = mouth.flatten(0, 1)
-    starts = [_middle(share.sum(3 - axis)).round().long() for axis in (1, 2)]  # the padding makes up for the half
+    starts = [middle(share.sum(3 - axis)).round().long() for axis in (1, 2)]  # the padding makes up for the half
     rows, columns = (start[:, None] + torch.arange(_WINDOW, device=share.device) for start in starts)
     which = torch.arange(len(padded), device=share.device)[:, None, None]
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _middle(share: Tensor) -> Tensor:
+def middle(share: Tensor) -> Tensor:
     """Centre of mass [n] of shares [n, cells], in cells from the first one's edge; the middle where there is none."""
     places = torch.arange(share.shape[1], device=share.device) + 0.5
     weight = share.sum(1)

@@ -19,12 +19,9 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
-import multiprocessing
 import random
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +36,7 @@ from ..config import MODELS, AudioConfig
 from ..geometry import Geometry
 from ..manner import HEARD
 from ..projectors import AudioWindowProjector
+from . import workers
 from .augment import augment
 from .common import Muon, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, motion
@@ -98,25 +96,11 @@ def _listen_bare(seed: int, frames: int) -> Heard:
     return Heard(heard.tokens.half(), heard.truth.half())
 
 
-@contextmanager
-def _speakers(processes: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that speak, or none for one."""
-    if processes == 1:
-        yield None
-        return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        yield pool
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def speak(first_seed: int, count: int, processes: int, frames: int = _FRAMES) -> Heard:
     """`count` clips from a seed on, stacked: tokens [N, F, temporal, C], truth [N, F, temporal, K], half precision."""
     spoken: list[Heard] = []
     seeds, lengths = range(first_seed, first_seed + count), [frames] * count
-    with _speakers(processes) as pool:
+    with workers.pool(processes if processes > 1 else 0) as pool:
         each = pool.map(_listen_bare, seeds, lengths, chunksize=25) if pool else map(_listen_bare, seeds, lengths)
         for heard in each:
             spoken.append(heard)

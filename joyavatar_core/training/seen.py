@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ..autoencoder import TEMPORAL, LightAutoencoder
-from ..avatar import load_light_autoencoder
 from . import autoencoder
 from .batches import Batch
 from .common import autocast
+from .lips import middle
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class SeenLoss:
         """A square of cells at random about the mouth [F, h, w], rows and columns."""
         share, slices = mouth.mean(0), []
         for axis, size in enumerate(share.shape):
-            across = share.sum(1 - axis)
-            centre = float((across * (torch.arange(size) + 0.5)).sum() / across.sum().clamp(min=1e-6))
-            side = min(self.cells, size)
+            centre, side = float(middle(share.sum(1 - axis)[None])), min(self.cells, size)
             start = min(max(0, round(random_.gauss(centre - side / 2, side / 3))), size - side)
             slices.append(slice(start, start + side))
         return slices[0], slices[1]
@@ -85,5 +83,4 @@ def _of_frames(cells: Tensor, spatial: int) -> Tensor:
 
 def load_seen_loss(path: Path, weight: float) -> SeenLoss:
     """The loss by the decoder of a light autoencoder's file."""
-    decoder = load_light_autoencoder(path).float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return SeenLoss(decoder.eval().requires_grad_(False), weight)
+    return SeenLoss(autoencoder.frozen(path), weight)

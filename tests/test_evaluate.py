@@ -122,8 +122,25 @@ def test_seams_of_the_suite_are_those_of_its_blocks(report: Report) -> None:
     made[9:], made[21:] = 50, 100
     made[1::2] += 5
     result = replace(clip, values={})
-    drawn_suite._measure_seams(result, made[::-1], made, subject())
+    drawn_suite._measure_motion(result, made[::-1], made, subject())
     assert result.values["seam_made"] > 5 > 3 > result.values["seam_true"]
+
+
+def test_a_face_that_smears_where_it_moves_is_told(report: Report) -> None:
+    clip = report.clips[0]
+    true = np.zeros((32, 64, 64, 3), np.uint8)
+    for t in range(32):
+        place = 16 + 4 * (t // 2 % 6)  # moves in every other frame
+        true[t, 8:56, place : place + 4] = 200
+    made = true.copy()
+    made[2::2] = true[2::2] // 2 + true[1:-1:2] // 2  # a ghost where it has just been
+    result = replace(clip, values={}, box=np.array([0, 0, 64, 64], np.float32))
+    drawn_suite._measure_motion(result, true, made, subject())
+    sharp = {name: result.values[f"{name}_made"] / result.values[f"{name}_true"] for name in ("sharp", "sharp_moving")}
+    assert 0.6 < sharp["sharp_moving"] < sharp["sharp"] < 1
+    figures = drawn_suite._sharpness([result, result])
+    assert figures["face.sharpness"].mean == pytest.approx(sharp["sharp"])
+    assert figures["face.sharpness_moving"].mean == pytest.approx(sharp["sharp_moving"])
 
 
 def test_report_is_json_and_says_what_it_rests_on(report: Report) -> None:

@@ -190,6 +190,18 @@ def test_one_person_is_nearer_to_itself_than_to_another() -> None:
     assert pictures.histogram_distance(black, white) == pytest.approx(1)
 
 
+def test_sharpness_is_lost_by_blur_and_by_ghosts_and_not_by_a_move() -> None:
+    picture = np.zeros((40, 40, 3), np.uint8)
+    picture[10:30, 10:20] = 200
+    moved = np.roll(picture, 4, axis=1)
+    ghost = picture // 2 + moved // 2
+    steps = [np.roll(picture, i, axis=1).astype(float) for i in range(4)]
+    blurred = np.mean(steps, axis=0).astype(np.uint8)
+    sharp = pictures.edges(np.stack([picture, moved, ghost, blurred]), np.array([2.0, 2.0, 38.0, 38.0]))
+    assert sharp[1] == pytest.approx(sharp[0]) and sharp[0] > 1.1 * sharp[2] > 1.1 * sharp[3]
+    assert pictures.edges(picture[None], np.array([30.0, 30.0, 38.0, 38.0]))[0] == 0
+
+
 def test_noise_grows_with_noise_and_not_with_edges() -> None:
     rng = np.random.default_rng(0)
     picture = np.full((64, 64, 3), 120, np.uint8)

@@ -58,6 +58,25 @@ def test_what_was_made_before_the_window_counts_as_it_was_made(loss: seen.SeenLo
     assert of_window(loss, replace(one, x0=one.x0 + 0.5), one.true) > 0
 
 
+def moving(step: int) -> torch.Tensor:
+    """A bright square that goes `step` pixels to the right with every frame: [1, 3, 5, 64, 64]."""
+    video = -torch.ones(1, 3, 5, 64, 64)
+    for t in range(5):
+        video[:, :, t, 24:40, 8 + step * t : 24 + step * t] = 1
+    return video
+
+
+def test_what_moves_less_or_smears_is_told_and_what_is_a_little_aside_is_not() -> None:
+    true, even = moving(4), torch.ones(1, 1, 5, 64, 64)
+    aside = torch.roll(true, 1, dims=4)
+    ghost = (torch.roll(true, 3, dims=4) + torch.roll(true, -3, dims=4)) / 2
+    still = torch.cat([true[:, :, :1], true[:, :, :1], true[:, :, 2:3], true[:, :, 2:3], true[:, :, 4:]], dim=2)
+    errors = [float(seen.liveliness_error(made, true, even)) for made in (true, aside, ghost, still)]
+    assert errors[0] == 0 and 1.5 * errors[1] < errors[2] < errors[3]
+    blurred = torch.nn.functional.avg_pool2d(true.flatten(0, 2)[:, None], 5, 1, 2).view_as(true)
+    assert seen.liveliness_error(blurred, true, even, edges=1.0) > 2 * seen.liveliness_error(blurred, true, even, 0.0)
+
+
 def test_mouths_weigh_as_they_are_told(loss: seen.SeenLoss) -> None:
     cells = torch.ones(1, 1, 3, 2, 2)
     cells[0, 0, 1, 0, 0] = 5

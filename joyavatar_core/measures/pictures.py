@@ -95,6 +95,17 @@ def _gradients(grey: NDArray[np.float64]) -> NDArray[np.float64]:
     return _unit(np.bincount(index.ravel(), strength.ravel(), _CELLS * _CELLS * _ANGLES).astype(np.float64))
 
 
+def edges(pictures: Pictures, box: Box) -> NDArray[np.float64]:
+    """Sharpness [T] of what pictures [T, H, W, 3] show in a box: root mean square of the gradient, grey levels a pixel.
+
+    A face that moved has all of it, elsewhere in the box. One that smears has lost some: where an edge is blurred, or
+    twice there by half, the gradient adds up to the same, but not its square.
+    """
+    rows, columns = region(box, pictures.shape[1:3])
+    grey = (picture[rows, columns].astype(np.float64).mean(2) for picture in pictures)
+    return np.array([np.sqrt(np.square(np.gradient(picture)).sum(0).mean()) for picture in grey])
+
+
 def flat_pixels(picture: Pictures, share: float = 0.3) -> NDArray[np.bool_]:
     """The pixels [H, W] of a picture that change least within two pixels around: where noise shows."""
     grey = picture.astype(np.float64).mean(2)

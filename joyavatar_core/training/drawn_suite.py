@@ -48,6 +48,7 @@ FIT_SEED = 700_000_000  # training clips whose loudness and truth the predictor 
 _LONG_OFFSET = 100_000
 _LAST = 5.0  # seconds at the end of a clip that are compared with its picture
 _SILENCE_MARGIN = 0.12  # seconds from a sound that do not count as silence: two frames
+_AROUND = 0.15  # of a face's height, on each side of it: where its sharpness is looked at, for heads move
 _MOVING = 0.05  # change of opening, width or teeth from one frame to the next that counts as a moving mouth
 
 
@@ -183,6 +184,8 @@ MEANINGS: dict[str, str] = {
     "teeth.on_truth": "the same on true frames",
     "teeth.always": "the same for a mouth that always shows them",
     "teeth.threshold": "teeth from which on they count as seen, from true frames",
+    "face.sharpness": "edges about the face against those of the true frames",
+    "face.sharpness_moving": "the same of the quarter of frames that change most",
     "seam.jump": "change where blocks meet over change at all other frames",
     "seam.on_truth": "the same at the same places of the true frames",
     "seam.ratio": "the first over the second",
@@ -378,7 +381,7 @@ def _short_clip(seed: int, clip: Clip, suite: Suite, subject: Subject, clock: Cl
         count = 1 + (min(len(clip.video), suite.frames(suite.compared)) - 1) // TEMPORAL * TEMPORAL
         _compare(result, clip, *_coded(subject, clip.video[:count]))
     made = np.concatenate(list(_generated(result, subject, clock)))
-    _measure_seams(result, clip.video, made, subject)
+    _measure_motion(result, clip.video, made, subject)
     with clock.at("read"):
         result.true = subject.reader.read(torch.from_numpy(clip.video))
         result.made = subject.reader.read(torch.from_numpy(made))
@@ -425,12 +428,17 @@ def _generated(result: ClipResult, subject: Subject, clock: Clock) -> Iterator[I
     result.values["fps"] = frames / spent
 
 
-def _measure_seams(result: ClipResult, true: Image, made: Image, subject: Subject) -> None:
-    """Jumps where blocks of the engine meet, in frames that no codec has touched."""
+def _measure_motion(result: ClipResult, true: Image, made: Image, subject: Subject) -> None:
+    """Jumps where blocks of the engine meet, in frames that no codec has touched, and how sharp a moving face is."""
     geometry = subject.avatar.geometry((result.size[1], result.size[0]), subject.policy)
     blocks = Blocks(len(geometry.frames_of_block(0)), len(geometry.frames_of_block(1)))
+    margin = _AROUND * (result.box[3] - result.box[1])
+    about = result.box + np.array([-margin, -margin, margin, margin], np.float32)
     for name, frames in (("made", made), ("true", true)):
-        result.values[f"seam_{name}"] = seams.jump(seams.change(frames), blocks.seams(len(frames))).mean
+        change, edges = seams.change(frames), pictures.edges(frames, about)
+        result.values[f"seam_{name}"] = seams.jump(change, blocks.seams(len(frames))).mean
+        result.values[f"sharp_{name}"] = float(edges.mean())
+        result.values[f"sharp_moving_{name}"] = float(edges[change >= np.quantile(change, 0.75)].mean())
 
 
 def _describe(result: ClipResult, last: Image) -> None:
@@ -508,6 +516,7 @@ def _intervals(
         found[f"reader.r2_{name}"] = statistics.pooled_r_squared(read, truth)
     found |= _sync(short, predictor)
     found |= mouth_of_sounds([_heard(r) for r in short], round(found["sync.lag"].mean))
+    found |= _sharpness(short)
     found |= _seams(short)
     found |= _stillness(short, suite)
     found |= _person(short, long)
@@ -568,6 +577,16 @@ def _seams(short: list[ClipResult]) -> dict[str, Interval]:
         "seam.jump": statistics.mean_interval(made),
         "seam.on_truth": statistics.mean_interval(true),
         "seam.ratio": statistics.ratio_interval(made, true),
+    }
+
+
+def _sharpness(short: list[ClipResult]) -> dict[str, Interval]:
+    made, true, made_moving, true_moving = (
+        [r.values[f"sharp_{name}"] for r in short] for name in ("made", "true", "moving_made", "moving_true")
+    )
+    return {
+        "face.sharpness": statistics.ratio_interval(made, true),
+        "face.sharpness_moving": statistics.ratio_interval(made_moving, true_moving),
     }
 
 

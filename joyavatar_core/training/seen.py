@@ -1,19 +1,22 @@
 """A loss of what is seen: the frames that a decoder makes of the latents of a window, against those of the true ones.
 
 Latents weigh all they hold alike, and what a head does within four frames is little of it. So a regression to latents
-makes heads that stand within a latent and jump where the next begins. Frames say it: their pixels, their changes from
-one to the next, and how even these are (`autoencoder.picture_loss`).
+makes heads that stand within a latent and jump where the next begins, and smear where they move fast. Frames say it:
+how much they change from one to the next, and how sharp their edges are, place by place. Not by the errors of their
+pixels: who is asked for those and is not sure draws the mean, a ghost between two places.
 
-Shape legend: B batch, C latent channels, F latents, T pixel frames, h w latent size, s side of the crop in cells.
+Shape legend: B batch, C latent channels, F latents, T pixel frames, H W pixel size, h w latent size, s side of the
+crop in cells, n m places.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..autoencoder import TEMPORAL, LightAutoencoder
@@ -22,23 +25,24 @@ from .batches import Batch
 from .common import autocast
 from .lips import middle
 
+_PLACE = 16  # pixels: how far a thing may be from where it is to be and still be there
+_FLAT = 2 / 255  # change or edge, in half the range, beside which a place counts as still or flat
+
 
 @dataclass(frozen=True)
 class SeenLoss:
     """weight: of the loss beside others. blocks: of the window, from its start, that are looked at: the first is shown
-    next, the others are still far from clean. cells: side of the square that is looked at. picture: weights of the
-    kinds of error. mouth, eyes: weights of their cells, 1 elsewhere.
+    next, the others are still far from clean. cells: side of the square that is looked at. edges: what the sharpness
+    counts beside the changes. mouth, eyes: weights of their cells, 1 elsewhere.
     """
 
     decoder: LightAutoencoder
     weight: float
     blocks: int = 2
     cells: int = 8
-    picture: autoencoder.Recipe = field(
-        default_factory=lambda: autoencoder.Recipe(square_weight=12.0, motion_weight=3.0, evenness_weight=0.2)
-    )
-    mouth: float = 4.0
-    eyes: float = 3.0
+    edges: float = 1.0
+    mouth: float = 2.0
+    eyes: float = 2.0
 
     def of_window(self, batch: Batch, made: Tensor, random_: random.Random) -> Tensor:
         """Of the clean latents [B, C, F, h, w] that a model makes of a batch; the frame before the window is given."""
@@ -53,7 +57,7 @@ class SeenLoss:
         weights = _of_frames(_cut(cells[:, None], crops), self.decoder.spatial)
         with torch.no_grad():
             video = self._decoded(true)
-        return self.weight * autoencoder.picture_loss(self.picture, self._decoded(shown), video, weights)
+        return self.weight * liveliness_error(self._decoded(shown), video, weights, self.edges)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         with autocast():
@@ -72,6 +76,34 @@ class SeenLoss:
 def _cut(latents: Tensor, crops: list[tuple[slice, slice]]) -> Tensor:
     """[B, C, F, h, w] -> [B, C, F, s, s]."""
     return torch.stack([one[..., rows, columns] for one, (rows, columns) in zip(latents, crops, strict=True)])
+
+
+def liveliness_error(made: Tensor, true: Tensor, weights: Tensor, edges: float = 1.0) -> Tensor:
+    """How far frames [B, 3, T, H, W] are from true ones in how much they change and in how sharp they are.
+
+    Mean over B of the absolute differences of two levels about each place, under weights [B, 1, T, H, W] and in shares
+    of the true levels: of the mean absolute difference in time and, `edges` of it, of the root mean square difference
+    along either side of the picture. The square tells a blurred edge and two half ones from the edge they add up to.
+    """
+    error = _share(*(_about(x.diff(dim=2).abs().mean(1)) for x in (made, true)), _about(weights[:, 0, 1:]))
+    counts = _about(weights[:, 0])
+    for axis in (3, 4):
+        levels = ((_about(x.diff(dim=axis).square().mean(1)) + _FLAT**2).sqrt() for x in (made, true))
+        error = error + edges / 2 * _share(*levels, counts)
+    return error
+
+
+def _share(made: Tensor, true: Tensor, counts: Tensor) -> Tensor:
+    """Levels [B, T, n, m] about places that count so much."""
+    of = (1, 2, 3)
+    return ((counts * (made - true).abs()).sum(of) / (counts * (true + _FLAT)).sum(of)).mean()
+
+
+def _about(values: Tensor) -> Tensor:
+    """Means [B, T, n, m] over the overlapping squares of values [B, T, H, W], which may lack a last row or column."""
+    height, width = (-(-size // _PLACE) * _PLACE for size in values.shape[2:])
+    padded = F.pad(values, (0, width - values.shape[3], 0, height - values.shape[2]))
+    return F.avg_pool2d(padded, _PLACE, _PLACE // 2)
 
 
 def _of_frames(cells: Tensor, spatial: int) -> Tensor:

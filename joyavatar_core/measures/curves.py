@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..media.opencv import opencv
 from . import pictures
 from .face import Face
-from .video import Frames, opencv
+from .video import Frames
 
 Curve = NDArray[np.float64]
 LOOKS = 4  # a second, at who is shown

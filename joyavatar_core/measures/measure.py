@@ -13,13 +13,14 @@ import torch
 from numpy.typing import NDArray
 
 from ..media import MediaError
+from ..media.opencv import opencv
 from . import curves as traces
 from . import drift, frechet, identity, q_align, seams, statistics, sync, syncnet
 from .curves import Curves
 from .face import STEADY, Face, assumed_face, read_face, reader_error
 from .mouth_reader import MouthReader
 from .statistics import Interval
-from .video import Blocks, Frames, Video, opencv, read_sound
+from .video import Blocks, Frames, Video, read_sound
 from .weights import MISSING, Weights
 
 _READ_SECONDS = 60.0  # at the start, that the mouth reader and SyncNet see

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..media.opencv import opencv
 from .measure import Measured, spread
-from .video import Frames, opencv
+from .video import Frames
 
 _HEIGHT = 128
 _COLUMNS = 10

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..media.opencv import opencv
 from . import pictures
 from .face import Face
-from .video import Frames, opencv
+from .video import Frames
 
 
 def score(command: str, frames: Frames, face: Face) -> tuple[float, float]:

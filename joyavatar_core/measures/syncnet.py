@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..media.opencv import opencv
 from .face import Face
-from .video import Frames, opencv, resampled
+from .video import Frames, resampled
 
 FPS = 25
 SAMPLE_RATE = 16_000

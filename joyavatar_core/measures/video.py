@@ -203,12 +203,3 @@ def files_in(folder: Path, endings: frozenset[str], what: str) -> list[Path]:
     if not found:
         raise MediaError(f"{folder}: has no {what} ({', '.join(sorted(endings))})")
     return found
-
-
-def opencv() -> Any:
-    """The module cv2. Raises ImportError that names the package."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("measuring pictures needs OpenCV: pip install opencv-python-headless") from error
-    return cv2

@@ -20,13 +20,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..checkpoint import read
+from .opencv import opencv
 from .picture import read_picture
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Recogniser:
 
 def load_detector(path: str | Path) -> Any:
     """OpenCV's FaceDetectorYN. Raises ValueError for a file that is missing or is no face detector."""
-    path, cv2 = _file(path, "face detector", DETECTOR_HELP), _opencv()
+    path, cv2 = _file(path, "face detector", DETECTOR_HELP), opencv()
     try:
         detector = cv2.FaceDetectorYN.create(str(path), "", (64, 64), _LEAST_SCORE)
         detector.detect(np.full((64, 64, 3), 128, np.uint8))
@@ -87,7 +87,7 @@ def load_detector(path: str | Path) -> Any:
 
 def load_recogniser(path: str | Path) -> Recogniser:
     """An ArcFace ONNX file. Raises ValueError for a file that is missing, is not ONNX or gives other numbers."""
-    path, cv2 = _file(path, "face recogniser", RECOGNISER_HELP), _opencv()
+    path, cv2 = _file(path, "face recogniser", RECOGNISER_HELP), opencv()
     try:
         network = cv2.dnn.readNetFromONNX(str(path))
     except cv2.error as error:
@@ -140,7 +140,7 @@ def aligned(picture: Picture, points: Points) -> Picture:
     Raises ValueError for points that cannot be a face's.
     """
     matrix = similarity(_checked(picture, points))
-    return _opencv().warpAffine(picture, matrix, (SIDE, SIDE), borderValue=(0, 0, 0))
+    return opencv().warpAffine(picture, matrix, (SIDE, SIDE), borderValue=(0, 0, 0))
 
 
 def similarity(points: Points) -> NDArray[np.float64]:
@@ -221,7 +221,7 @@ def face_of_file(
 
 def _detect(detector: Any, picture: Picture, scale: float) -> NDArray[np.float32]:
     """YuNet's rows [n, 15], in pixels of the picture: x, y, width, height, five points, score."""
-    cv2 = _opencv()
+    cv2 = opencv()
     if scale < 1:
         picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     detector.setInputSize((picture.shape[1], picture.shape[0]))
@@ -236,7 +236,7 @@ def _detect(detector: Any, picture: Picture, scale: float) -> NDArray[np.float32
 
 def _forward(model: Recogniser, face: Picture) -> NDArray[np.float32]:
     """What a network gives for an aligned face [112, 112, 3]: 512 numbers, of any length."""
-    cv2 = _opencv()
+    cv2 = opencv()
     blob = cv2.dnn.blobFromImage(face, 1 / model.deviation, (SIDE, SIDE), (model.mean,) * 3, swapRB=model.bgr)
     try:
         model.network.setInput(blob)
@@ -286,14 +286,6 @@ def _file(path: str | Path, what: str, remedy: str) -> Path:
     if not path.is_file():
         raise ValueError(f"no file at {path} for the {what}: {remedy}")
     return path
-
-
-def _opencv() -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("faces need OpenCV: pip install opencv-python-headless") from error
-    return cv2
 
 
 def _reason(error: Exception) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from . import MediaError
+from .opencv import opencv
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -183,7 +184,7 @@ def _cropped(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _padded(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
-    cv2 = _opencv()
+    cv2 = opencv()
     rows, columns = rgb.shape[:2]
     scale = min(width / columns, height / rows)
     inner_w = min(width, max(1, round(columns * scale)))
@@ -199,7 +200,7 @@ def _padded(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
 
 def resize(rgb: np.ndarray, width: int, height: int) -> np.ndarray:
     """uint8 [H, W, 3] -> [height, width, 3]: areas averaged where it shrinks, cubic where it grows."""
-    cv2 = _opencv()
+    cv2 = opencv()
     rows, columns = rgb.shape[:2]
     if (rows, columns) == (height, width):
         return rgb.copy()
@@ -217,11 +218,3 @@ def _pillow() -> Any:
     except ImportError as error:
         raise ImportError("reading pictures needs Pillow: pip install pillow") from error
     return Image
-
-
-def _opencv() -> Any:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("fitting pictures needs OpenCV: pip install opencv-python-headless") from error
-    return cv2

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from ..media.opencv import opencv
 from . import drawn
 from .augment import augment
 from .mouth import TimedPhone
@@ -166,16 +166,8 @@ def mirrored(clip: drawn.Clip) -> drawn.Clip:
     )
 
 
-def _opencv() -> ModuleType:
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("clips are stored as JPEG by OpenCV: install opencv-python-headless") from error
-    return cv2
-
-
 def _encode(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    cv2 = _opencv()
+    cv2 = opencv()
     options = [
         *(cv2.IMWRITE_JPEG_QUALITY, _QUALITY),
         *(cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444),
@@ -184,7 +176,7 @@ def _encode(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _decode(jpeg: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    cv2 = _opencv()
+    cv2 = opencv()
     return cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]
 
 
@@ -207,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     options.out.mkdir(parents=True, exist_ok=True)
-    _opencv().setNumThreads(1)
+    opencv().setNumThreads(1)
     for i in range(options.count):
         seed = options.first_seed + i
         if not clip_path(options.out, seed).exists():

@@ -31,11 +31,11 @@ from ..measures.face import Face
 from ..measures.mouth_reader import MouthReader, Reading
 from ..measures.statistics import Interval, LoudnessPredictor
 from ..measures.video import Blocks
+from ..media.opencv import opencv
 from ..policy import RolloutPolicy
 from ..view import view_for
 from .clips import SIZES
 from .drawn import Clip, Image, sample_clip
-from .drawn.layers import opencv
 from .drawn_sounds import Heard, mouth_of_sounds, spans_of
 from .mouth_reader import QUANTITIES
 from .speech import Speech, synthesize

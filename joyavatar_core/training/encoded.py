@@ -87,9 +87,7 @@ class EncodedClips:
         share = self.mouth[clip].float().mean(0)
         corner = []
         for axis, size in enumerate(share.shape):
-            across = share.sum(1 - axis)
-            centre = float((across * torch.arange(size)).sum() / across.sum().clamp(min=1e-6))
-            wanted = random_.gauss(centre - cells / 2, cells / 8)
+            wanted = random_.gauss(float(middle(share.sum(1 - axis)[None])) - cells / 2, cells / 8)
             corner.append(min(max(0, round(wanted / patch[axis])), (size - cells) // patch[axis]) * patch[axis])
         y, x = (slice(start, start + cells) for start in corner)
         mine = {name: tensor[clip] for name, tensor in self._tensors().items()}
@@ -100,6 +98,13 @@ class EncodedClips:
         image = self.image[clips[:, None], latents.clamp(max=self.image.shape[1] - 1)].float()
         mask = (latents == 0).float()[:, :, None, None, None].expand(-1, -1, temporal, *image.shape[-2:])
         return torch.cat([mask, image], dim=2).transpose(1, 2)
+
+
+def middle(share: Tensor) -> Tensor:
+    """Centre of mass [n] of shares [n, cells], in cells from the first one's edge; the middle where there is none."""
+    places = torch.arange(share.shape[1], device=share.device) + 0.5
+    weight = share.sum(1)
+    return torch.where(weight > 0, (share * places).sum(1) / weight.clamp(min=1e-6), share.shape[1] / 2)
 
 
 @dataclass(frozen=True)

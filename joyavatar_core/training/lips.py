@@ -34,7 +34,7 @@ from ..geometry import Geometry
 from .batches import Batch, weighted_mean
 from .clips import POSE_COLUMNS, clip_path, list_clips, read_pose
 from .common import autocast, kept_share, rate_scale, record
-from .encoded import EncodedClips, LatentStore, by_latent
+from .encoded import EncodedClips, LatentStore, by_latent, middle
 from .flow_matching import hold_out
 
 log = logging.getLogger(__name__)
@@ -105,13 +105,6 @@ def windows(latents: Tensor, mouth: Tensor) -> Tensor:
     rows, columns = (start[:, None] + torch.arange(_WINDOW, device=share.device) for start in starts)
     which = torch.arange(len(padded), device=share.device)[:, None, None]
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def middle(share: Tensor) -> Tensor:
-    """Centre of mass [n] of shares [n, cells], in cells from the first one's edge; the middle where there is none."""
-    places = torch.arange(share.shape[1], device=share.device) + 0.5
-    weight = share.sum(1)
-    return torch.where(weight > 0, (share * places).sum(1) / weight.clamp(min=1e-6), share.shape[1] / 2)
 
 
 def load_lip_reader(path: Path) -> LipReader:

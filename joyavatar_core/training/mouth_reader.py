@@ -51,10 +51,10 @@ from ..measures.mouth_reader import (
     turned,
 )
 from ..measures.statistics import r_squared
+from ..media.opencv import opencv
 from .clips import SIZES
 from .common import Muon, Weights, autocast, beside, rate_scale, record
 from .drawn import HELD_OUT_SEED, Avatar, Image, Pose, boxes, motion, photo_like, render
-from .drawn.layers import opencv
 from .speech import synthesize
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from ..autoencoder import TEMPORAL, LightAutoencoder
 from . import autoencoder
 from .batches import Batch
 from .common import autocast
-from .lips import middle
+from .encoded import middle
 
 _PLACE = 16  # pixels: how far a thing may be from where it is to be and still be there
 _FLAT = 2 / 255  # change or edge, in half the range, beside which a place counts as still or flat

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ...media.opencv import opencv
 from .avatar import Avatar
 from .colours import Colour, darker, hsv, lighter, mix
-from .layers import Image, Layer, Placement, box, curve, ellipse, opencv
+from .layers import Image, Layer, Placement, box, curve, ellipse
 
 
 def background(avatar: Avatar, size: tuple[int, int]) -> Image:

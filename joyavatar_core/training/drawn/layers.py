@@ -9,11 +9,11 @@ Shape legend: N points of a polygon [N, 2] (x, y). Pictures are uint8 [H, W, 3] 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...media.opencv import opencv
 from .colours import Colour, darker
 
 Image = NDArray[np.uint8]
@@ -21,15 +21,6 @@ Points = NDArray[np.float64]
 
 _SHIFT = 4  # fraction bits of OpenCV's fixed-point coordinates
 JAW_DROP = 0.09  # how far the chin drops with the mouth wide open
-
-
-def opencv() -> ModuleType:
-    """cv2, or ImportError with the remedy."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("drawing avatars needs OpenCV: install the package opencv-python-headless") from error
-    return cv2
 
 
 @dataclass(frozen=True)

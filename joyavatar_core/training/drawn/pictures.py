@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from ...media.opencv import opencv
 from .colours import any_colour
-from .layers import Image, Layer, Placement, opencv
+from .layers import Image, Layer, Placement
 
 
 def photo_like(seed: int, video: Image) -> Image:

@@ -11,10 +11,11 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from ...media.opencv import opencv
 from ..speech import Speech, synthesize
 from . import backgrounds, face, wardrobe
 from .avatar import Avatar, Pose
-from .layers import JAW_DROP, Image, Placement, Points, box, opencv
+from .layers import JAW_DROP, Image, Placement, Points, box
 from .movement import motion
 from .pictures import photo_like
 

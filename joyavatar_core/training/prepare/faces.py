@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...media.face import DETECTOR_HELP, load_detector
-from .shots import opencv
+from ...media.opencv import opencv
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from ...geometry import Geometry
+from ...media.opencv import opencv
 from ...media.picture import resize
 from ..encoded import cell_shares
 from .jobs import Clip
-from .shots import opencv
 
 log = logging.getLogger(__name__)
 

@@ -5,23 +5,14 @@ Shape legend: H W pixel size; a picture is uint8 [H, W, 3] RGB.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 from numpy.typing import NDArray
+
+from ...media.opencv import opencv
 
 _SIDE = 24  # pixels of the picture that is compared: motion inside a cell does not count
 _MEMORY = 8  # frames that say how much change is usual
 _FACTOR = 4.0
-
-
-def opencv() -> ModuleType:
-    """OpenCV, or a plain ImportError."""
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("preparing videos needs OpenCV: pip install opencv-python-headless") from error
-    return cv2
 
 
 class ShotFilter:

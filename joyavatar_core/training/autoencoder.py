@@ -3,12 +3,9 @@
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 4e-4
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --source FILE --learns decoder
-        [--rehearsals CLIPS/own-...]
 
 The second command goes on with a finished autoencoder and holds its latents near what they were, so that a transformer
 trained on them has little to learn anew. The third goes on with the decoder alone, and the latents stay what they are.
-With rehearsals (`rehearsal`) the decoder also learns to make true frames of what a transformer made of their clips:
-evener motion, a softer picture.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
@@ -39,8 +36,7 @@ from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
-from .autoencoder_data import HELD_OUT_KINDS, KINDS, Batch, Sample, batches, held_out, make_sample
-from .clips import list_clips
+from .autoencoder_data import HELD_OUT_KINDS, KINDS, Boxes, Sample, batches, held_out, make_sample
 from .common import Muon, autocast, beside, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, Image
 
@@ -64,8 +60,7 @@ class Recipe:
     regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; evenness_weight: of `unevenness`.
     pool: clips that steps are cut from; renewed: how many of them are drawn anew for each step.
     Of a training that goes on with a finished autoencoder: learns: what of it; near_weight: pull of its latents to
-    what they were; rehearsed: (latents, clips) of the steps on rehearsals, and the weights of the regions there: of a
-    mouth that is not quite the true one the decoder is to make no mean.
+    what they were.
     """
 
     model: str = "tiny"
@@ -91,8 +86,6 @@ class Recipe:
     renewed: int = 2
     learns: Part = "both"
     near_weight: float = 0.0
-    rehearsed: tuple[int, int] = (8, 3)
-    rehearsed_regions: tuple[float, float, float] = (4.0, 3.0, 2.0)
 
     def __post_init__(self) -> None:
         step = AUTOENCODERS[self.model].spatial
@@ -307,20 +300,13 @@ class _Training:
         return min(1.0, self.spent / (60 * self.recipe.minutes))
 
 
-def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
-    """One step on drawn clips, which are encoded and decoded, or on rehearsals, which are decoded."""
-    recipe, video = state.recipe, as_video(batch.video)
-    regions = recipe.regions if batch.latents is None else recipe.rehearsed_regions
-    height, width = video.shape[3:]
-    weights = region_weights(torch.from_numpy(batch.boxes), height, width, regions)
-    if batch.latents is None:
-        with autocast():
-            made, latents = reconstruct(state.model, video, noise)
-        spread, moved = latent_loss(latents), _moved(state, video, latents)
-    else:
-        with autocast():
-            made = state.model.decode_unclamped(torch.from_numpy(batch.latents).float())[0]
-        made, spread, moved = made[:, :, -video.shape[2] :].float(), torch.zeros(()), torch.zeros(())
+def _step(state: _Training, frames: Image, boxes: Boxes, noise: float) -> dict[str, float]:
+    """One step on drawn clips, frames [B, T, H, W, 3] and boxes [B, T, 3, 4]."""
+    recipe, video, (height, width) = state.recipe, as_video(frames), frames.shape[2:4]
+    weights = region_weights(torch.from_numpy(boxes), height, width, recipe.regions)
+    with autocast():
+        made, latents = reconstruct(state.model, video, noise)
+    spread, moved = latent_loss(latents), _moved(state, video, latents)
     picture = picture_loss(recipe, made, video, weights)
     state.model.zero_grad(set_to_none=True)
     (picture + recipe.latent_penalty * spread + recipe.near_weight * moved).backward()
@@ -515,10 +501,10 @@ def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
 
 
 def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[str, float]:
-    batch: Batch = queue.get(timeout=300)
+    video, boxes = queue.get(timeout=300)
     begun = time.monotonic()
-    figures = _step(state, batch, float(rng.uniform(*state.recipe.noise)))
-    clips, frames = batch.video.shape[:2]
+    figures = _step(state, video, boxes, float(rng.uniform(*state.recipe.noise)))
+    clips, frames = video.shape[:2]
     return {**figures, "frames": float(clips * frames), "seconds": time.monotonic() - begun}
 
 
@@ -529,22 +515,17 @@ def _final_statistics(state: _Training) -> Statistics:
     return latent_statistics([_encode(state.average, sample) for sample in fresh])
 
 
-def train(
-    recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None, rehearsals: Path | None = None
-) -> dict[str, float]:
+def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
-    With a finished autoencoder as `source`, what of it recipe.learns is trained further, with a folder of rehearsals
-    on these too.
-    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`, ValueError
-    for a folder without rehearsals.
+    With a finished autoencoder as `source`, what of it recipe.learns is trained further.
+    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     seed = recipe.seed + int(time.time() if resume else 0)
-    paths = list_clips(rehearsals) if rehearsals else ()
-    with beside(partial(batches, recipe, seed, paths), most=6) as queue:
-        first = [as_video(queue.get(timeout=300).video) for _ in range(4)]
+    with beside(partial(batches, recipe, seed), most=6) as queue:
+        first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
         state = _begin(recipe, out, first, source)
         if resume:
             _resume(state)
@@ -567,7 +548,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, help="autoencoder.safetensors to go on with")
     parser.add_argument("--learns", choices=get_args(Part), help="what of --source")
     parser.add_argument("--near", dest="near_weight", type=float, help="pull of the latents to those of --source")
-    parser.add_argument("--rehearsals", type=Path, metavar="FOLDER", help="own-... beside the clips of training.acting")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
     args = parser.parse_args(arguments)
@@ -576,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: vars(args)[name] for name in _OPTIONS}
     recipe = checkpoint.config_from_json(Recipe, args.recipe)
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    train(recipe, args.out, args.resume, args.source, args.rehearsals)
+    train(recipe, args.out, args.resume, args.source)
 
 
 if __name__ == "__main__":

@@ -85,12 +85,19 @@ def liveliness_error(made: Tensor, true: Tensor, weights: Tensor, edges: float =
     of the true levels: of the mean absolute difference in time and, `edges` of it, of the root mean square difference
     along either side of the picture. The square tells a blurred edge and two half ones from the edge they add up to.
     """
-    error = _share(*(_about(x.diff(dim=2).abs().mean(1)) for x in (made, true)), _about(weights[:, 0, 1:]))
+    error = _share(_changes(made), _changes(true), _about(weights[:, 0, 1:]))
     counts = _about(weights[:, 0])
     for axis in (3, 4):
-        levels = ((_about(x.diff(dim=axis).square().mean(1)) + _FLAT**2).sqrt() for x in (made, true))
-        error = error + edges / 2 * _share(*levels, counts)
+        error = error + edges / 2 * _share(_edges(made, axis), _edges(true, axis), counts)
     return error
+
+
+def _changes(video: Tensor) -> Tensor:
+    return _about(video.diff(dim=2).abs().mean(1))
+
+
+def _edges(video: Tensor, axis: int) -> Tensor:
+    return (_about(video.diff(dim=axis).square().mean(1)) + _FLAT**2).sqrt()
 
 
 def _share(made: Tensor, true: Tensor, counts: Tensor) -> Tensor:

@@ -33,15 +33,16 @@ def of_window(loss: seen.SeenLoss, batch: Batch, made: torch.Tensor) -> float:
     return float(loss.of_window(batch, made, random.Random(0)).detach())
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("layout", [steady(FLASH), Layout(FLASH, 0, FLASH.window_steps(0)[0].timesteps)])
-def test_only_the_first_blocks_of_the_window_are_looked_at(loss: seen.SeenLoss, layout: Layout) -> None:
+def test_only_the_first_blocks_of_the_window_are_looked_at(loss: seen.SeenLoss, layout: Layout, blocks: int) -> None:
     """And there is a gradient at all of their latents, and none elsewhere."""
     one = batch(layout)
     made = one.true.clone().requires_grad_()
-    loss.of_window(one, made + 0.1, random.Random(0)).backward()
+    replace(loss, blocks=blocks).of_window(one, made + 0.1, random.Random(0)).backward()
     assert made.grad is not None
     looked = made.grad.abs().amax(dim=(0, 1, 3, 4)) > 0
-    stop = min(layout.lead + 6, layout.latents)
+    stop = min(layout.lead + 3 * blocks, layout.latents)
     assert looked.tolist() == [layout.lead <= i < stop for i in range(layout.latents)]
 
 

@@ -38,9 +38,9 @@ class SeenLoss:
 
     decoder: LightAutoencoder
     weight: float
-    blocks: int = 2
-    cells: int = 8
-    edges: float = 1.0
+    blocks: int = 1
+    cells: int = 12
+    edges: float = 0.5
     mouth: float = 2.0
     eyes: float = 2.0
 

@@ -270,6 +270,18 @@ def test_cut_moves_the_boxes_with_the_picture() -> None:
         assert weights.mean() == pytest.approx(1, abs=1e-4)
 
 
+def test_small_mouths_count_more_where_they_are_to() -> None:
+    boxes = torch.zeros(3, 1, 3, 4)
+    boxes[0, 0, 0] = torch.tensor([0, 0, 32, 32])
+    boxes[1, 0, 0] = torch.tensor([8, 8, 24, 24])
+    boxes[2, 0, 0] = torch.tensor([8, 8, 9, 9])
+    alike, even, more = (trainer.region_weights(boxes, 40, 40, (8.0, 3.0, 2.0), power) for power in (0.0, 0.5, 1.0))
+    at = [w[:, 0, 0, 8, 8] / w[:, 0, 0, 39, 39] for w in (alike, even, more)]
+    assert torch.allclose(at[0], torch.tensor([8.0, 8.0, 8.0]))
+    assert torch.allclose(at[1], torch.tensor([8.0, 8.0 * 2**0.5, 24.0]))
+    assert torch.allclose(at[2], torch.tensor([8.0, 16.0, 24.0]))
+
+
 def test_reconstruct_is_decode_without_the_clamp() -> None:
     torch.manual_seed(0)
     model, video = LightAutoencoder(SMALL).eval(), torch.rand(2, 3, 5, 32, 32) * 2 - 1

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 _SPARE_FRAMES = 3  # drawn beyond the longest step's, so that one drawing gives several time slices
 _OPTIONS = ("minutes", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
 _LOGGED: tuple[str, ...] = ("loss", "latent", "moved", "norm")
+_USUAL_MOUTH = 32.0  # pixels: root of its area in a picture of 256
 _STILL = 2 / 255  # change, in half the range, beside which a frame counts as standing still
 
 Part = Literal["both", "encoder", "decoder"]
@@ -57,7 +58,8 @@ class Recipe:
 
     size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
     noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance;
-    regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; evenness_weight: of `unevenness`.
+    regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; small_mouths: how much more small
+    mouths count (`region_weights`); evenness_weight: of `unevenness`.
     pool: clips that steps are cut from; renewed: how many of them are drawn anew for each step.
     Of a training that goes on with a finished autoencoder: learns: what of it; near_weight: pull of its latents to
     what they were.
@@ -76,6 +78,7 @@ class Recipe:
     ema: float = 0.998
     noise: tuple[float, float] = (0.0, 0.1)
     regions: tuple[float, float, float] = (8.0, 3.0, 2.0)
+    small_mouths: float = 0.0
     square_weight: float = 6.0
     edge_weight: float = 1.0
     motion_weight: float = 1.0
@@ -110,8 +113,13 @@ def as_video(frames: Image) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float().div_(127.5).sub_(1)
 
 
-def region_weights(boxes: Tensor, height: int, width: int, weights: tuple[float, ...]) -> Tensor:
-    """boxes [B, T, R, 4] -> [B, 1, T, H, W]: weights[r] in box r (an earlier box wins), 1 elsewhere, over the mean."""
+def region_weights(
+    boxes: Tensor, height: int, width: int, weights: tuple[float, ...], small_mouths: float = 0.0
+) -> Tensor:
+    """boxes [B, T, R, 4] -> [B, 1, T, H, W]: weights[r] in box r (an earlier box wins), 1 elsewhere, over the mean.
+
+    small_mouths: box 0 counts more by (32 over its side in pixels) to this power, within 1/3 and 3.
+    """
     x = torch.arange(width) + 0.5
     y = torch.arange(height) + 0.5
     x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)  # each [B, T, R, 1]
@@ -119,6 +127,9 @@ def region_weights(boxes: Tensor, height: int, width: int, weights: tuple[float,
     out = torch.ones(inside.shape[:2] + inside.shape[3:])
     for region in reversed(range(len(weights))):
         out = out.masked_fill(inside[:, :, region], weights[region])
+    side = ((x1 - x0) * (y1 - y0))[:, :, 0].clamp(min=1).sqrt()  # [B, T, 1]
+    more = (_USUAL_MOUTH / side).pow(small_mouths).clamp(1 / 3, 3).unsqueeze(-1)
+    out = torch.where(inside[:, :, 0], more * out, out)
     return (out / out.mean()).unsqueeze(1)
 
 
@@ -303,7 +314,7 @@ class _Training:
 def _step(state: _Training, frames: Image, boxes: Boxes, noise: float) -> dict[str, float]:
     """One step on drawn clips, frames [B, T, H, W, 3] and boxes [B, T, 3, 4]."""
     recipe, video, (height, width) = state.recipe, as_video(frames), frames.shape[2:4]
-    weights = region_weights(torch.from_numpy(boxes), height, width, recipe.regions)
+    weights = region_weights(torch.from_numpy(boxes), height, width, recipe.regions, recipe.small_mouths)
     with autocast():
         made, latents = reconstruct(state.model, video, noise)
     spread, moved = latent_loss(latents), _moved(state, video, latents)

@@ -41,6 +41,8 @@ class AutoencoderConfig:
     """Widths of the light autoencoder; the defaults are those of taew2_1.
 
     patch: pixel-unshuffle at the input and pixel-shuffle at the output; spatial compression is 8 * patch.
+    last_blocks: memory blocks of half the inner width at the frames' own rate, before the decoder's last convolution;
+    TAEHV has none.
     latent_mean, latent_std: per channel; empty for models whose latents are normalised already.
     ahead: latent i is encoded from frames 4i .. 4i+3 (the published ones), and not from 4i-3 .. 4i.
     """
@@ -51,6 +53,7 @@ class AutoencoderConfig:
     decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     encoder_blocks: tuple[int, int, int] = (3, 3, 3)
     decoder_blocks: tuple[int, int, int] = (3, 3, 3)
+    last_blocks: int = 0
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
     ahead: bool = False
@@ -68,6 +71,7 @@ AUTOENCODERS: dict[str, AutoencoderConfig] = {
         decoder_widths=(128, 96, 64, 32),
         encoder_blocks=(1, 2, 2),
         decoder_blocks=(1, 3, 3),
+        last_blocks=1,
     ),
     "taew2_1": AutoencoderConfig(ahead=True),
     "taew2_2": AutoencoderConfig(latent_channels=48, patch=2, ahead=True),
@@ -82,17 +86,17 @@ class Clamp(nn.Module):
 
 
 class MemoryBlock(nn.Module):
-    """Residual block that sees its input and its previous input."""
+    """Residual block that sees its input and its previous input; `inner` is the width between its convolutions."""
 
-    def __init__(self, width: int, ops: Any) -> None:
+    def __init__(self, width: int, ops: Any, inner: int | None = None) -> None:
         super().__init__()
-        conv = ops.Conv2d
+        conv, inner = ops.Conv2d, inner or width
         self.conv = nn.Sequential(
-            conv(2 * width, width, 3, padding=1),
+            conv(2 * width, inner, 3, padding=1),
             nn.ReLU(),
-            conv(width, width, 3, padding=1),
+            conv(inner, inner, 3, padding=1),
             nn.ReLU(),
-            conv(width, width, 3, padding=1),
+            conv(inner, width, 3, padding=1),
         )
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
@@ -291,6 +295,8 @@ def _decoder_layers(config: AutoencoderConfig, ops: Any) -> Iterable[nn.Module]:
         yield TemporalGrow(widths[level], stride, ops)
         yield ops.Conv2d(widths[level], widths[level + 1], 3, padding=1, bias=False)
     yield nn.ReLU()
+    for _ in range(config.last_blocks):
+        yield MemoryBlock(widths[3], ops, widths[3] // 2)
     yield ops.Conv2d(widths[3], 3 * config.patch**2, 3, padding=1)
 
 

@@ -17,6 +17,7 @@ Shape legend: B batch, F latent frames, T pixel frames, C channels, h w latent s
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import time
@@ -242,12 +243,32 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return matrix
 
 
-def finished(source: Path, learns: Part) -> tuple[LightAutoencoder, LightAutoencoder]:
-    """Two copies of a finished autoencoder, the first with one half that does not learn or, for "both", none."""
-    model, average = (load_light_autoencoder(source).float() for _ in range(2))
+def finished(source: Path, learns: Part, last_blocks: int = 0) -> tuple[LightAutoencoder, LightAutoencoder]:
+    """Two copies of a finished autoencoder, the first with one half that does not learn or, for "both", none.
+
+    last_blocks: how many there are to be at least; those that it lacks begin as the identity.
+    """
+    model = with_last_blocks(load_light_autoencoder(source).float(), last_blocks)
+    average = copy.deepcopy(model)
     model.encoder.requires_grad_(learns != "decoder")
     model.decoder.requires_grad_(learns != "encoder")
     return model, average
+
+
+def with_last_blocks(model: LightAutoencoder, count: int) -> LightAutoencoder:
+    """An autoencoder that makes the same frames and has `count` last blocks, or the same one if it has them."""
+    if model.config.last_blocks >= count:
+        return model
+    other = LightAutoencoder(replace(model.config, last_blocks=count))
+    other.encoder, layers = model.encoder, list(model.decoder)
+    begin = len(layers) - 1
+    fresh = [block for block in other.decoder if isinstance(block, light.MemoryBlock)][model.config.last_blocks - count :]
+    for block in fresh:  # what enters is not negative, so the ReLU behind the sum changes nothing
+        last = _convolution(block.conv[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(_bias(last))
+    other.decoder = nn.Sequential(*layers[:begin], *fresh, layers[-1])
+    return other
 
 
 def frozen(source: Path) -> LightAutoencoder:
@@ -420,7 +441,7 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
 
 def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None = None) -> _Training:
     if source:
-        model, average = finished(source, recipe.learns)
+        model, average = finished(source, recipe.learns, AUTOENCODERS[recipe.model].last_blocks)
     else:
         model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]

@@ -41,10 +41,10 @@ class AutoencoderConfig:
     """Widths of the light autoencoder; the defaults are those of taew2_1.
 
     patch: pixel-unshuffle at the input and pixel-shuffle at the output; spatial compression is 8 * patch.
-    last_blocks: memory blocks of half the inner width at the frames' own rate, before the decoder's last convolution;
-    TAEHV has none.
     latent_mean, latent_std: per channel; empty for models whose latents are normalised already.
     ahead: latent i is encoded from frames 4i .. 4i+3 (the published ones), and not from 4i-3 .. 4i.
+    last_blocks: memory blocks of half the inner width at the frames' own rate, before the decoder's last convolution;
+    TAEHV has none.
     """
 
     latent_channels: int = 16
@@ -53,10 +53,10 @@ class AutoencoderConfig:
     decoder_widths: tuple[int, int, int, int] = (256, 128, 64, 64)
     encoder_blocks: tuple[int, int, int] = (3, 3, 3)
     decoder_blocks: tuple[int, int, int] = (3, 3, 3)
-    last_blocks: int = 0
     latent_mean: tuple[float, ...] = ()
     latent_std: tuple[float, ...] = ()
     ahead: bool = False
+    last_blocks: int = 0
 
     @property
     def spatial(self) -> int:

@@ -65,7 +65,9 @@ def small_training(out: Path, *more: EncodedClips) -> flow_matching.Training:
 def small_autoencoder(path: Path, seed: int = 0) -> Path:
     """The file of a narrow autoencoder of 16 channels and 16 pixels a cell that was never trained."""
     torch.manual_seed(seed)
-    config = AutoencoderConfig(16, 2, (8, 8, 8), (8, 8, 8, 8), (1, 1, 1), (1, 1, 1), (0.0,) * 16, (1.0,) * 16)
+    config = AutoencoderConfig(
+        16, 2, (8, 8, 8), (8, 8, 8, 8), (1, 1, 1), (1, 1, 1), (0.0,) * 16, (1.0,) * 16, last_blocks=1
+    )
     model = LightAutoencoder(config)
     for p in model.parameters():
         nn.init.normal_(p, std=0.2)

@@ -293,13 +293,18 @@ def test_geometry_tells_the_frames_of_a_latent():
     assert [geometry.frames_told(i) for i in range(3)] == [(0,) * 4, (1, 2, 3, 4), (5, 6, 7, 8)]
 
 
+def noise_for_truth(batch: batches.Batch, run: slice, crops: seen.Crops) -> torch.Tensor:
+    latents = len(range(*run.indices(batch.layout.latents)))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(crops), 3, 4 * latents - 3, 32, 32, generator=generator)
+
+
 def test_what_is_seen_of_the_window_counts(generator: Path, tmp_path: Path):
     state = begin(generator, tmp_path)
     batch, plain = state.batch(), []
     for weight in (0.0, 0.5):
-        state.seen = replace(
-            seen.load_seen_loss(small_autoencoder(tmp_path / "autoencoder.safetensors"), weight), cells=2
-        )
+        path = small_autoencoder(tmp_path / "autoencoder.safetensors")
+        state.seen = replace(seen.load_seen_loss(path, weight, tmp_path), cells=2, truth=noise_for_truth)
         plain.append(float(state.loss(batch).detach()))
     made = batches.clean(batch, batches.predict(state.model, batch))
     wanted = float(state.seen.of_window(batch, made, state.draws()[1]).detach())  # pyright: ignore

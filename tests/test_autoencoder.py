@@ -17,6 +17,7 @@ SMALL = AutoencoderConfig(
     decoder_widths=(8, 6, 6, 4),
     encoder_blocks=(1, 2, 2),
     decoder_blocks=(1, 2, 1),
+    last_blocks=1,
     latent_mean=(0.1, 0.2, 0.3, 0.4),
     latent_std=(1.0, 2.0, 0.5, 1.5),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from joyavatar_core import checkpoint
 from joyavatar_core.autoencoder import AutoencoderConfig, LightAutoencoder
 from joyavatar_core.avatar import load_light_autoencoder
 from joyavatar_core.training import autoencoder as trainer
@@ -325,9 +327,9 @@ def test_initial_latents_are_normal_and_differ_from_each_other() -> None:
 def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
     recipe = trainer.Recipe(batches=((5, 1),), crop=32, size=32, pool=2)
     batch = next(data.batches(recipe, 0))
-    state = trainer._begin(recipe, tmp_path, [trainer.as_video(batch[0])])
+    state = trainer._begin(recipe, tmp_path, [trainer.as_video(batch.video)])
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
-    losses = [trainer._step(state, *batch, 0.0)["loss"] for _ in range(12)]
+    losses = [trainer._step(state, batch, 0.0)["loss"] for _ in range(12)]
     still = [n for n, p in state.model.named_parameters() if p.grad is not None and torch.equal(p, before[n])]
     assert not still and losses[-1] < losses[0]
 
@@ -363,10 +365,10 @@ def random_frames(*clips_and_frames: int) -> np.ndarray:
 def go_on(recipe: trainer.Recipe, folder: Path, steps: int) -> tuple[LightAutoencoder, LightAutoencoder]:
     """A small finished autoencoder, and the same after some steps of a training that goes on with it."""
     source = small_autoencoder(folder / "finished.safetensors")
-    batch = random_frames(2, 5), np.zeros((2, 5, 3, 4), np.float32)
-    state = trainer._begin(recipe, folder, [trainer.as_video(batch[0])], source)
+    batch = data.Batch(random_frames(2, 5), np.zeros((2, 5, 3, 4), np.float32))
+    state = trainer._begin(recipe, folder, [trainer.as_video(batch.video)], source)
     for _ in range(steps):
-        trainer._step(state, *batch, 0.0)
+        trainer._step(state, batch, 0.0)
     trainer._checkpoint(state, ((9.0,) * 16, (9.0,) * 16))
     return load_light_autoencoder(source), load_light_autoencoder(folder / "autoencoder.safetensors")
 
@@ -391,3 +393,64 @@ def test_latents_that_are_pulled_stay_nearer(tmp_path: Path) -> None:
         with torch.no_grad():
             moved.append(float((after.encode(video) - before.encode(video)).square().mean()))
     assert moved[1] < 0.5 * moved[0]
+
+
+@torch.no_grad()
+def test_an_autoencoder_with_fresh_last_blocks_makes_the_same_frames(tmp_path: Path) -> None:
+    before = load_light_autoencoder(small_autoencoder(tmp_path / "finished.safetensors"))
+    latents = torch.randn(1, 16, 3, 2, 2)
+    wanted = before.decode(latents)
+    after = trainer.with_last_blocks(before, 2)
+    assert after.config.last_blocks == 2 and len(after.decoder) == len(before.decoder) + 1
+    assert torch.equal(after.decode(latents), wanted)
+    assert trainer.with_last_blocks(after, 1) is after
+    more = trainer.with_last_blocks(after, 3)
+    assert torch.equal(more.decode(latents), wanted)
+    trainer.save_model(tmp_path / "more.safetensors", more, more.config, {})
+    assert torch.equal(load_light_autoencoder(tmp_path / "more.safetensors").decode(latents), wanted)
+
+
+def rehearsed_clip(latents: int) -> data.Rehearsed:
+    """64x64, a cell for every 16 pixels. Frame t is of brightness t; latent i, cell (y, x), is i, y, x."""
+    frames = 4 * (latents - 1) + 1
+    video = np.broadcast_to(np.arange(frames, dtype=np.uint8)[:, None, None, None], (frames, 64, 64, 3))
+    boxes_ = np.tile(np.array([20, 30, 36, 40], np.float32), (frames, 3, 1))
+    own = np.stack(np.meshgrid(range(latents), range(4), range(4), indexing="ij"), 1).astype(np.float16)
+    return data.Rehearsed(video, boxes_, own)
+
+
+def test_latents_of_a_rehearsal_and_frames_that_they_become_belong_together() -> None:
+    clip = rehearsed_clip(latents=9)
+    for seed in range(20):
+        piece = data.cut_rehearsed(np.random.default_rng(seed), clip, 4, 32)
+        first, y, x = piece.latents[:, 0, 0, 0].astype(int)
+        assert piece.latents.shape == (3, 4, 2, 2) and 1 <= first <= 5
+        assert piece.video.shape == (8, 32, 32, 3)
+        assert piece.video[:, 0, 0, 0].tolist() == list(range(4 * first + 5, 4 * first + 13))  # of its last two latents
+        shown = np.array([20, 30, 36, 40]) - 16 * np.array([x, y, x, y])
+        assert np.array_equal(piece.boxes[0, 0], np.clip(shown, 0, 32))
+
+
+def test_a_rehearsal_teaches_the_decoder_only(tmp_path: Path) -> None:
+    recipe = trainer.Recipe(size=32, crop=32)
+    source = small_autoencoder(tmp_path / "finished.safetensors")
+    state = trainer._begin(recipe, tmp_path, [], source)
+    own = np.random.default_rng(0).standard_normal((2, 16, 4, 2, 2)).astype(np.float16)
+    batch = data.Batch(random_frames(2, 8), np.zeros((2, 8, 3, 4), np.float32), own)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    losses = [trainer._step(state, batch, 0.0)["loss"] for _ in range(6)]
+    moved = {name.split(".")[0] for name, p in state.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"decoder"} and losses[-1] < losses[0]
+
+
+def test_steps_on_rehearsals_come_in_turn(tmp_path: Path) -> None:
+    clip = clips.write_clip(tmp_path, 7, 29, (64, 64))
+    with pytest.raises(ValueError, match="no clips"):
+        trainer.train(trainer.Recipe(size=32, crop=32), tmp_path / "out", rehearsals=tmp_path / "none")
+    own = tmp_path / "own-x" / clip.name
+    own.parent.mkdir()
+    checkpoint.write(own, {"own": torch.zeros(8, 16, 4, 4, dtype=torch.float16)}, {})
+    recipe = trainer.Recipe(size=32, crop=32, pool=2, batches=((5, 1),), rehearsed=(4, 2))
+    drawn, made, again = itertools.islice(data.batches(recipe, 0, [own]), 3)
+    assert drawn.latents is None and again.latents is None and made.latents is not None
+    assert made.latents.shape == (2, 16, 4, 2, 2) and made.video.shape == (2, 8, 32, 32, 3)

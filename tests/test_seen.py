@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from joyavatar_core.policy import policy
-from joyavatar_core.training import seen
+from joyavatar_core.training import clips, encoded, seen
 from joyavatar_core.training.batches import Batch, make_batch
+from joyavatar_core.training.common import autocast
+from joyavatar_core.training.liveliness import liveliness_error
 from joyavatar_core.training.sequences import Layout, Mixture, steady
 
 from .small_training import PRESET, random_clips, small_autoencoder
@@ -21,8 +23,15 @@ FLASH = policy("joyavatar-flash")
 
 @pytest.fixture(scope="module")
 def loss(tmp_path_factory: pytest.TempPathFactory) -> seen.SeenLoss:
-    path = small_autoencoder(tmp_path_factory.mktemp("seen") / "autoencoder.safetensors")
-    return replace(seen.load_seen_loss(path, 1.0), cells=2)
+    """Its truth is what its decoder makes of the true latents: random ones have no frames."""
+    folder = tmp_path_factory.mktemp("seen")
+    found = seen.load_seen_loss(small_autoencoder(folder / "autoencoder.safetensors"), 1.0, folder)
+
+    def truth(batch: Batch, run: slice, crops: seen.Crops) -> torch.Tensor:
+        with torch.no_grad(), autocast():
+            return found.decoder.decode_unclamped(seen._cut(batch.true[:, :, run], crops))[0].float()
+
+    return replace(found, truth=truth, cells=2)
 
 
 def batch(layout: Layout | None = None) -> Batch:
@@ -72,10 +81,10 @@ def test_what_moves_less_or_smears_is_told_and_what_is_a_little_aside_is_not() -
     aside = torch.roll(true, 1, dims=4)
     ghost = (torch.roll(true, 3, dims=4) + torch.roll(true, -3, dims=4)) / 2
     still = torch.cat([true[:, :, :1], true[:, :, :1], true[:, :, 2:3], true[:, :, 2:3], true[:, :, 4:]], dim=2)
-    errors = [float(seen.liveliness_error(made, true, even)) for made in (true, aside, ghost, still)]
+    errors = [float(liveliness_error(made, true, even)) for made in (true, aside, ghost, still)]
     assert errors[0] == 0 and 1.5 * errors[1] < errors[2] < errors[3]
     blurred = torch.nn.functional.avg_pool2d(true.flatten(0, 2)[:, None], 5, 1, 2).view_as(true)
-    assert seen.liveliness_error(blurred, true, even, edges=1.0) > 2 * seen.liveliness_error(blurred, true, even, 0.0)
+    assert liveliness_error(blurred, true, even, edges=1.0) > 2 * liveliness_error(blurred, true, even, 0.0)
 
 
 def test_mouths_weigh_as_they_are_told(loss: seen.SeenLoss) -> None:
@@ -99,5 +108,33 @@ def test_the_square_is_about_the_mouth_and_inside_the_picture(loss: seen.SeenLos
 
 
 def test_a_file_is_loaded_frozen(tmp_path: Path) -> None:
-    found = seen.load_seen_loss(small_autoencoder(tmp_path / "autoencoder.safetensors"), 0.3)
+    found = seen.load_seen_loss(small_autoencoder(tmp_path / "autoencoder.safetensors"), 0.3, tmp_path)
     assert found.weight == 0.3 and not any(p.requires_grad for p in found.decoder.parameters())
+
+
+@pytest.mark.parametrize("context", [0, 1])
+def test_true_frames_are_those_of_the_window_at_the_same_place(context: int, tmp_path: Path) -> None:
+    """Of whole pictures and of close-ups, which know where they were cut."""
+    path = small_autoencoder(tmp_path / "autoencoder.safetensors")
+    for seed in (3, 4):
+        clips.write_clip(tmp_path, seed, 57, (128, 192))
+    store = encoded.LatentStore(clips.list_clips(tmp_path), tmp_path, path, PRESET.patch)
+    store.encode()
+    (whole,) = store.load()
+    layout = Layout(FLASH, context, FLASH.window_steps(context + FLASH.lead_blocks)[-1].timesteps[:2])
+    run = slice(layout.lead - layout.motion, layout.lead + 3)
+    for cells in (0, 4):
+        data = whole.close_ups(torch.tensor([1, 0]), cells, PRESET.patch, random.Random(5)) if cells else whole
+        one = make_batch(data, layout, torch.tensor([1, 0]), PRESET.patch, Mixture(), seed=2)
+        crops = [(slice(1, 3), slice(0, 2)), (slice(0, 2), slice(2, 4))]
+        found = seen.StoredFrames(tmp_path, 16)(one, run, crops)
+        assert found.shape == (2, 3, 4 * (3 + layout.motion) - 3, 32, 32)
+        for i, (rows, columns) in enumerate(crops):
+            video = encoded.as_video(clips.read_clip(clips.clip_path(tmp_path, int(one.seeds[i]))).video)[0]
+            y, x = (16 * int(first) for first in one.corner[i])
+            first = 4 * int(one.frames[i, run][0])
+            there = video[:, first : first + found.shape[2], y:, x:]
+            assert torch.equal(found[i], there[..., 16 * rows.start :, 16 * columns.start :][..., :32, :32])
+    with pytest.raises(OSError, match="clip_000000004"):
+        clips.clip_path(tmp_path, 4).unlink()
+        seen.StoredFrames(tmp_path, 16)(one, run, crops)

@@ -151,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.rehearse:
             data = with_rehearsals(data, options.clips, options.initial, options.autoencoder, chosen)
         judge = load_lip_loss(options.lips, recipe.lip_weight, recipe.shut) if options.lips else None
-        seen = load_seen_loss(options.autoencoder, recipe.seen_weight) if recipe.seen_weight else None
+        weight = recipe.seen_weight
+        seen = load_seen_loss(options.autoencoder, weight, options.clips) if weight else None
         return begin(recipe, options.out, data, options.initial, judge, seen)
 
     flow_matching.train(recipe, options.out, options.clips, options.autoencoder, start, options.resume)

@@ -3,9 +3,12 @@
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 45 [--resume]
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 60 --source FILE --near 0.3 --learning-rate 4e-4
     python -m joyavatar_core.training.autoencoder --out DIR --minutes 15 --source FILE --learns decoder
+        [--rehearsals CLIPS/own-...]
 
 The second command goes on with a finished autoencoder and holds its latents near what they were, so that a transformer
 trained on them has little to learn anew. The third goes on with the decoder alone, and the latents stay what they are.
+With rehearsals (`rehearsal`) the decoder also learns to make true frames of what a transformer made of their clips:
+evener motion, a softer picture.
 
 A worker process keeps a pool of drawn clips and cuts random crops from it; this process trains. In DIR:
 autoencoder.safetensors (averaged weights, ready to use), train.safetensors (what --resume reads), curve.jsonl and
@@ -37,9 +40,11 @@ from .. import autoencoder as light
 from .. import checkpoint
 from ..autoencoder import AUTOENCODERS, AutoencoderConfig, LightAutoencoder
 from ..avatar import load_light_autoencoder
-from .autoencoder_data import HELD_OUT_KINDS, KINDS, Boxes, Sample, batches, held_out, make_sample
+from .autoencoder_data import HELD_OUT_KINDS, KINDS, Batch, Sample, batches, held_out, make_sample
+from .clips import list_clips
 from .common import Muon, autocast, beside, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, Image
+from .liveliness import liveliness_error
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,7 @@ _SPARE_FRAMES = 3  # drawn beyond the longest step's, so that one drawing gives 
 _OPTIONS = ("minutes", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
 _LOGGED: tuple[str, ...] = ("loss", "latent", "moved", "norm")
 _USUAL_MOUTH = 32.0  # pixels: root of its area in a picture of 256
+_COARSE = 8  # pixels: how exactly what a transformer made is to be where the truth is
 _STILL = 2 / 255  # change, in half the range, beside which a frame counts as standing still
 
 Part = Literal["both", "encoder", "decoder"]
@@ -63,7 +69,8 @@ class Recipe:
     mouths count (`region_weights`); evenness_weight: of `unevenness`.
     pool: clips that steps are cut from; renewed: how many of them are drawn anew for each step.
     Of a training that goes on with a finished autoencoder: learns: what of it; near_weight: pull of its latents to
-    what they were.
+    what they were; rehearsed: (latents, clips) of the steps on rehearsals, and the weights of the regions there: of a
+    mouth that is not quite the true one the decoder is to make no mean.
     """
 
     model: str = "tiny"
@@ -90,6 +97,8 @@ class Recipe:
     renewed: int = 2
     learns: Part = "both"
     near_weight: float = 0.0
+    rehearsed: tuple[int, int] = (8, 3)
+    rehearsed_regions: tuple[float, float, float] = (4.0, 3.0, 2.0)
 
     def __post_init__(self) -> None:
         step = AUTOENCODERS[self.model].spatial
@@ -145,13 +154,14 @@ def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> t
 
 
 def picture_loss(recipe: Recipe, made: Tensor, video: Tensor, weights: Tensor) -> Tensor:
-    """Weighted L1 and square of the pixels, L1 of their differences along x, y (edges) and t (motion), of 4x4 means."""
+    """Weighted L1 and square of the pixels and L1 of their differences along x and y (edges), of 4x4 means; and L1 of
+    their differences along t (motion), not weighted: flicker is seen wherever it is."""
     error = made - video
     loss = (weights * error.abs()).mean() + recipe.square_weight * (weights * error.square()).mean()
     for axis in (3, 4):
         length = error.shape[axis] - 1
         loss = loss + recipe.edge_weight * (weights.narrow(axis, 1, length) * error.diff(dim=axis).abs()).mean() / 2
-    loss = loss + recipe.motion_weight * (weights[:, :, 1:] * error.diff(dim=2).abs()).mean()
+    loss = loss + recipe.motion_weight * error.diff(dim=2).abs().mean()
     if recipe.evenness_weight:
         loss = loss + recipe.evenness_weight * unevenness(made, video)
     coarse = F.avg_pool2d(error.transpose(1, 2).flatten(0, 1), 4)
@@ -166,6 +176,13 @@ def unevenness(made: Tensor, video: Tensor) -> Tensor:
     """
     moved, truly = (x.diff(dim=2).abs().mean(dim=(1, 3, 4)) for x in (made, video))  # [B, T - 1]
     return ((moved + _STILL).log() - (truly + _STILL).log()).abs().mean()
+
+
+def rehearsed_loss(made: Tensor, video: Tensor, weights: Tensor) -> Tensor:
+    """Of frames that a decoder makes of a transformer's latents: as lively and as sharp as the true ones, place by
+    place, and where they are only coarsely. What the transformer got wrong has no right pixels."""
+    error = F.avg_pool2d((made - video).transpose(1, 2).flatten(0, 1), _COARSE)
+    return liveliness_error(made, video, weights, edges=0.5) + error.abs().mean()
 
 
 def latent_loss(latents: Tensor) -> Tensor:
@@ -246,9 +263,10 @@ def _as_matrix(weight: Tensor) -> Tensor:
 def finished(source: Path, learns: Part, last_blocks: int = 0) -> tuple[LightAutoencoder, LightAutoencoder]:
     """Two copies of a finished autoencoder, the first with one half that does not learn or, for "both", none.
 
-    last_blocks: how many there are to be at least; those that it lacks begin as the identity.
+    last_blocks: how many a decoder that learns is to have at least; those that it lacks begin as the identity.
     """
-    model = with_last_blocks(load_light_autoencoder(source).float(), last_blocks)
+    model = load_light_autoencoder(source).float()
+    model = model if learns == "encoder" else with_last_blocks(model, last_blocks)
     average = copy.deepcopy(model)
     model.encoder.requires_grad_(learns != "decoder")
     model.decoder.requires_grad_(learns != "encoder")
@@ -262,7 +280,9 @@ def with_last_blocks(model: LightAutoencoder, count: int) -> LightAutoencoder:
     other = LightAutoencoder(replace(model.config, last_blocks=count))
     other.encoder, layers = model.encoder, list(model.decoder)
     begin = len(layers) - 1
-    fresh = [block for block in other.decoder if isinstance(block, light.MemoryBlock)][model.config.last_blocks - count :]
+    fresh = [block for block in other.decoder if isinstance(block, light.MemoryBlock)][
+        model.config.last_blocks - count :
+    ]
     for block in fresh:  # what enters is not negative, so the ReLU behind the sum changes nothing
         last = _convolution(block.conv[-1])
         nn.init.zeros_(last.weight)
@@ -332,14 +352,22 @@ class _Training:
         return min(1.0, self.spent / (60 * self.recipe.minutes))
 
 
-def _step(state: _Training, frames: Image, boxes: Boxes, noise: float) -> dict[str, float]:
-    """One step on drawn clips, frames [B, T, H, W, 3] and boxes [B, T, 3, 4]."""
-    recipe, video, (height, width) = state.recipe, as_video(frames), frames.shape[2:4]
-    weights = region_weights(torch.from_numpy(boxes), height, width, recipe.regions, recipe.small_mouths)
-    with autocast():
-        made, latents = reconstruct(state.model, video, noise)
-    spread, moved = latent_loss(latents), _moved(state, video, latents)
-    picture = picture_loss(recipe, made, video, weights)
+def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
+    """One step on drawn clips, which are encoded and decoded, or on rehearsals, which are decoded."""
+    recipe, video, (height, width) = state.recipe, as_video(batch.video), batch.video.shape[2:4]
+    boxes, none = torch.from_numpy(batch.boxes), torch.zeros(())
+    if batch.latents is None:
+        weights = region_weights(boxes, height, width, recipe.regions, recipe.small_mouths)
+        with autocast():
+            made, latents = reconstruct(state.model, video, noise)
+        picture = picture_loss(recipe, made, video, weights)
+        spread, moved = latent_loss(latents), _moved(state, video, latents)
+    else:
+        weights = region_weights(boxes, height, width, recipe.rehearsed_regions)
+        with autocast():
+            made = state.model.decode_unclamped(torch.from_numpy(batch.latents).float())[0]
+        picture = rehearsed_loss(made[:, :, -video.shape[2] :].float(), video, weights)
+        spread, moved = none, none
     state.model.zero_grad(set_to_none=True)
     (picture + recipe.latent_penalty * spread + recipe.near_weight * moved).backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
@@ -533,10 +561,10 @@ def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
 
 
 def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[str, float]:
-    video, boxes = queue.get(timeout=300)
+    batch: Batch = queue.get(timeout=300)
     begun = time.monotonic()
-    figures = _step(state, video, boxes, float(rng.uniform(*state.recipe.noise)))
-    clips, frames = video.shape[:2]
+    figures = _step(state, batch, float(rng.uniform(*state.recipe.noise)))
+    clips, frames = batch.video.shape[:2]
     return {**figures, "frames": float(clips * frames), "seconds": time.monotonic() - begun}
 
 
@@ -547,17 +575,22 @@ def _final_statistics(state: _Training) -> Statistics:
     return latent_statistics([_encode(state.average, sample) for sample in fresh])
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None) -> dict[str, float]:
+def train(
+    recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None, rehearsals: Path | None = None
+) -> dict[str, float]:
     """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
 
-    With a finished autoencoder as `source`, what of it recipe.learns is trained further.
-    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`.
+    With a finished autoencoder as `source`, what of it recipe.learns is trained further, with a folder of rehearsals
+    on these too.
+    Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`, ValueError
+    for a folder without rehearsals.
     """
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     seed = recipe.seed + int(time.time() if resume else 0)
-    with beside(partial(batches, recipe, seed), most=6) as queue:
-        first = [as_video(queue.get(timeout=300)[0]) for _ in range(4)]
+    paths = list_clips(rehearsals) if rehearsals else ()
+    with beside(partial(batches, recipe, seed, paths), most=6) as queue:
+        first = [as_video(queue.get(timeout=300).video) for _ in range(4)]
         state = _begin(recipe, out, first, source)
         if resume:
             _resume(state)
@@ -580,6 +613,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, help="autoencoder.safetensors to go on with")
     parser.add_argument("--learns", choices=get_args(Part), help="what of --source")
     parser.add_argument("--near", dest="near_weight", type=float, help="pull of the latents to those of --source")
+    parser.add_argument("--rehearsals", type=Path, metavar="FOLDER", help="own-... beside the clips of training.acting")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--recipe", default="{}", metavar="JSON", help="other values of the recipe; options win")
     args = parser.parse_args(arguments)
@@ -588,7 +622,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = {name: vars(args)[name] for name in _OPTIONS}
     recipe = checkpoint.config_from_json(Recipe, args.recipe)
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    train(recipe, args.out, args.resume, args.source)
+    train(recipe, args.out, args.resume, args.source, args.rehearsals)
 
 
 if __name__ == "__main__":

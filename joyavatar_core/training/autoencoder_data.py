@@ -1,20 +1,25 @@
-"""What the light autoencoder learns from: drawn clips.
+"""What the light autoencoder learns from: drawn clips, and what a transformer made of clips.
 
-Shape legend: B clips of a step, T pixel frames, H W pixel size.
+Shape legend: B clips of a step, T pixel frames, C latent channels, F latents, H W pixel size, h w latent size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import checkpoint
+from ..autoencoder import TEMPORAL
 from .babble import babble
+from .clips import read_clip
 from .drawn import HELD_OUT_SEED, Avatar, Image, motion, photo_like, render, texture
 
 if TYPE_CHECKING:
@@ -24,8 +29,19 @@ KINDS = ("drawn", "photo", "texture")
 HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
 _KIND_ODDS = (0.77, 0.15, 0.08)
 _FACE_FPS = Fraction(16)
+_KEPT = 40  # rehearsals that steps are cut from; one is read anew for each
 
 Boxes = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step is made of: video [B, T, crop, crop, 3] uint8, boxes [B, T, 3, 4] and, where a transformer made the
+    latents, these: [B, C, F, h, w] float16, whose last T frames are to be `video`."""
+
+    video: Image
+    boxes: Boxes
+    latents: NDArray[np.float16] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,21 +103,24 @@ def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sam
     return Sample(video, boxes)
 
 
-def batches(recipe: Recipe, seed: int) -> Iterator[tuple[Image, Boxes]]:
-    """Endless batches in turn of all the recipe's kinds: video [B, T, crop, crop, 3] and boxes [B, T, 3, 4].
+def batches(recipe: Recipe, seed: int, rehearsals: Sequence[Path] = ()) -> Iterator[Batch]:
+    """Endless batches, of drawn clips in turn of all the recipe's kinds and of rehearsals, where there are any.
 
     Every batch renews some clips of the pool, so drawing costs the same however large the batch is.
     """
     rng = np.random.default_rng(seed)
     pool = [_fresh(rng, recipe) for _ in range(min(24, recipe.pool))]
+    made = rehearsed(rng, recipe, rehearsals) if rehearsals else None
     turn = 0
     while True:
         for frames, clips in recipe.batches:
             cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
-            yield np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts])
+            yield Batch(np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts]))
             for _ in range(recipe.renewed):
                 pool[turn % recipe.pool : turn % recipe.pool + 1] = [_fresh(rng, recipe)]
                 turn = turn + 1 if len(pool) == recipe.pool else len(pool)
+        if made:
+            yield next(made)
 
 
 def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
@@ -114,3 +133,51 @@ def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
 def held_out(recipe: Recipe, frames: int = 9) -> list[Sample]:
     """The twelve fixed clips that measure a training: eight drawn, two photo-like, two textures."""
     return [make_sample(HELD_OUT_SEED + i, kind, recipe.size, frames) for i, kind in enumerate(HELD_OUT_KINDS)]
+
+
+# Rehearsals
+
+
+class Rehearsed(NamedTuple):
+    """A stored clip, video [T, H, W, 3] and boxes [T, 3, 4], and what a transformer made of it, [F, C, h, w]."""
+
+    video: Image
+    boxes: Boxes
+    latents: NDArray[np.float16]
+
+
+def rehearsed(rng: np.random.Generator, recipe: Recipe, paths: Sequence[Path]) -> Iterator[Batch]:
+    """Endless batches of rehearsals, whose folder lies beside their clips (`rehearsal.RehearsalStore`)."""
+    kept: list[Rehearsed] = []
+    latents, clips = recipe.rehearsed
+    for turn in count():
+        for _ in range(clips if not kept else 1):
+            kept[turn % _KEPT : turn % _KEPT + 1] = [_read(paths[int(rng.integers(len(paths)))])]
+        cuts = [cut_rehearsed(rng, kept[i], latents, recipe.crop) for i in rng.integers(len(kept), size=clips)]
+        yield Batch(*(np.stack(part) for part in zip(*cuts, strict=True)))
+
+
+def _read(path: Path) -> Rehearsed:
+    clip = read_clip(path.parent.parent / path.name)
+    own = checkpoint.read(path)[0]["own"]
+    return Rehearsed(clip.video.numpy(), clip.boxes.numpy(), own.numpy())
+
+
+def cut_rehearsed(rng: np.random.Generator, clip: Rehearsed, latents: int, crop: int) -> Rehearsed:
+    """Some latents of a random crop, mostly about the face, and the true frames that they are to become.
+
+    The frames of the first two latents are left out: a decoder that starts there remembers nothing.
+    """
+    rows, columns = clip.latents.shape[2:]
+    cell, cells = clip.video.shape[1] // rows, crop * rows // clip.video.shape[1]
+    first = int(rng.integers(1, len(clip.latents) - latents + 1))
+    frames = slice(TEMPORAL * (first + 1) + 1, TEMPORAL * (first + latents - 1) + 1)
+    box = clip.boxes[frames.start, int(rng.random() < 0.4)]
+    centre = np.flip((box[:2] + box[2:]) / 2) + rng.normal(0, crop / 4, 2)
+    y, x = np.clip(np.round(centre / cell - cells / 2), 0, (rows - cells, columns - cells)).astype(int)
+    corner = np.array([x, y, x, y], np.float32) * cell
+    return Rehearsed(
+        clip.video[frames, y * cell : y * cell + crop, x * cell : x * cell + crop],
+        np.clip(clip.boxes[frames] - corner, 0, crop),
+        clip.latents[first : first + latents, :, y : y + cells, x : x + cells].swapaxes(0, 1),
+    )

@@ -24,8 +24,9 @@ _SMALLEST_MOUTH = 0.5  # latent cells: a mouth that is hidden or outside the pic
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of one layout, latent frames `frames` [B, F] of the clips `clips` [B].
+    """Sequences of one layout, latent frames `frames` [B, F] of the clips `clips` [B], whose seeds are `seeds` [B].
 
+    corner [B, 2]: row and column of the first cell in the clip's whole picture.
     true, x0, noise [B, C, F, h, w]: latents of the true clips, those to be learnt, mostly the same, and what they are
     mixed with; channels: mask and image channels, the same but for C; image: reference tokens
     [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]; told [B, F, T, K]: readings
@@ -34,6 +35,8 @@ class Batch:
 
     layout: Layout
     clips: Tensor
+    seeds: Tensor
+    corner: Tensor
     frames: Tensor
     true: Tensor
     x0: Tensor
@@ -71,6 +74,8 @@ def make_batch(
     return Batch(
         layout=layout,
         clips=clips,
+        seeds=data.seed[clips],
+        corner=torch.zeros(len(clips), 2, dtype=torch.long) if data.corner is None else data.corner[clips],
         frames=frames,
         true=x0,
         x0=x0,

@@ -138,6 +138,19 @@ def read_clip(path: Path) -> StoredClip:
     )
 
 
+def read_frames(path: Path, frames: range) -> Tensor:
+    """Some of the frames of a clip, one after another: [n, H, W, 3] uint8 RGB. OSError for a file that is not one."""
+    try:
+        with safe_open(path, "pt") as file:
+            begins = [0, *file.get_tensor("sizes").cumsum(0).tolist()]
+            stored = file.get_slice("frames")[begins[frames.start] : begins[frames.stop]].numpy()
+    except SafetensorError as error:
+        raise OSError(f"{path} is not a stored clip ({error}): delete it and draw the clips again") from error
+    offset = begins[frames.start]
+    pieces = [stored[begins[t] - offset : begins[t + 1] - offset] for t in frames]
+    return torch.from_numpy(np.stack([_decode(piece) for piece in pieces]))
+
+
 def read_pose(path: Path) -> Tensor:
     """[T, P] the poses of a stored clip alone. OSError for a file that is not one."""
     try:

@@ -42,7 +42,8 @@ class EncodedClips:
     seed [N] int64; latents [N, F, C, h, w]; image [N, n, C, h, w]: latents of [picture, grey ...];
     audio [N, F, W, channels]; mouth, eyes [N, F, h, w]: share of each cell inside the box; told [N, F, T, K]: the true
     readings of each latent's pixel frames (`manner`), None for clips whose truth nobody knows; own [N, F, C, h, w]:
-    what a transformer made of the clips (`rehearsal`), if it did.
+    what a transformer made of the clips (`rehearsal`), if it did; corner [N, 2] int64: row and column of the first cell
+    in the whole picture, None where these are whole pictures.
     """
 
     seed: Tensor
@@ -53,6 +54,7 @@ class EncodedClips:
     eyes: Tensor
     told: Tensor | None = None
     own: Tensor | None = None
+    corner: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -91,7 +93,8 @@ class EncodedClips:
             corner.append(min(max(0, round(wanted / patch[axis])), (size - cells) // patch[axis]) * patch[axis])
         y, x = (slice(start, start + cells) for start in corner)
         mine = {name: tensor[clip] for name, tensor in self._tensors().items()}
-        return {name: tensor[..., y, x] if name in _PICTURES else tensor for name, tensor in mine.items()}
+        cut = {name: tensor[..., y, x] if name in _PICTURES else tensor for name, tensor in mine.items()}
+        return cut | {"corner": torch.tensor(corner)}
 
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""

@@ -1,42 +1,48 @@
-"""A loss of what is seen: the frames that a decoder makes of the latents of a window, against those of the true ones.
+"""A loss of what is seen: the frames that a decoder makes of the latents of a window, against the true ones.
 
 Latents weigh all they hold alike, and what a head does within four frames is little of it. So a regression to latents
 makes heads that stand within a latent and jump where the next begins, and smear where they move fast. Frames say it:
-how much they change from one to the next, and how sharp their edges are, place by place. Not by the errors of their
-pixels: who is asked for those and is not sure draws the mean, a ghost between two places.
+how much they change from one to the next, and how sharp their edges are (`liveliness`). The true ones are those of the
+clips and not what the decoder makes of their latents: that flickers where one latent ends.
 
 Shape legend: B batch, C latent channels, F latents, T pixel frames, H W pixel size, h w latent size, s side of the
-crop in cells, n m places.
+crop in cells.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..autoencoder import TEMPORAL, LightAutoencoder
 from . import autoencoder
 from .batches import Batch
+from .clips import clip_path, read_frames
 from .common import autocast
-from .encoded import middle
+from .encoded import as_video, middle
+from .liveliness import liveliness_error
 
-_PLACE = 16  # pixels: how far a thing may be from where it is to be and still be there
-_FLAT = 2 / 255  # change or edge, in half the range, beside which a place counts as still or flat
+Crops = list[tuple[slice, slice]]
+"""A square of cells for each sequence of a batch, rows and columns."""
+
+Truth = Callable[[Batch, slice, Crops], Tensor]
+"""True frames [B, 3, T, s, s] of these latents of a batch, the last frame of the first one and all of the others."""
 
 
 @dataclass(frozen=True)
 class SeenLoss:
-    """weight: of the loss beside others. blocks: of the window, from its start, that are looked at: the first is shown
-    next, the others are still far from clean. cells: side of the square that is looked at. edges: what the sharpness
-    counts beside the changes. mouth, eyes: weights of their cells, 1 elsewhere.
+    """truth: tells the true frames. weight: of the loss beside others. blocks: of the window, from its start, that are
+    looked at: the first is shown next, the others are still far from clean. cells: side of the square that is looked
+    at. edges: what the sharpness counts beside the changes. mouth, eyes: weights of their cells, 1 elsewhere.
     """
 
     decoder: LightAutoencoder
+    truth: Truth
     weight: float
     blocks: int = 1
     cells: int = 12
@@ -53,15 +59,10 @@ class SeenLoss:
         shown = torch.cat([before, made[:, :, lead : run.stop]], dim=2)
         cells = 1 + (self.mouth - 1) * batch.mouth[:, run] + (self.eyes - 1) * batch.eyes[:, run]
         crops = [self._crop(share, random_) for share in batch.mouth[:, run]]
-        shown, true = (_cut(latents, crops) for latents in (shown, batch.true[:, :, run]))
         weights = _of_frames(_cut(cells[:, None], crops), self.decoder.spatial)
-        with torch.no_grad():
-            video = self._decoded(true)
-        return self.weight * liveliness_error(self._decoded(shown), video, weights, self.edges)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
         with autocast():
-            return self.decoder.decode_unclamped(latents.float())[0].float()
+            video = self.decoder.decode_unclamped(_cut(shown, crops).float())[0].float()
+        return self.weight * liveliness_error(video, self.truth(batch, run, crops), weights, self.edges)
 
     def _crop(self, mouth: Tensor, random_: random.Random) -> tuple[slice, slice]:
         """A square of cells at random about the mouth [F, h, w], rows and columns."""
@@ -73,44 +74,9 @@ class SeenLoss:
         return slices[0], slices[1]
 
 
-def _cut(latents: Tensor, crops: list[tuple[slice, slice]]) -> Tensor:
+def _cut(latents: Tensor, crops: Crops) -> Tensor:
     """[B, C, F, h, w] -> [B, C, F, s, s]."""
     return torch.stack([one[..., rows, columns] for one, (rows, columns) in zip(latents, crops, strict=True)])
-
-
-def liveliness_error(made: Tensor, true: Tensor, weights: Tensor, edges: float = 1.0) -> Tensor:
-    """How far frames [B, 3, T, H, W] are from true ones in how much they change and in how sharp they are.
-
-    Mean over B of the absolute differences of two levels about each place, under weights [B, 1, T, H, W] and in shares
-    of the true levels: of the mean absolute difference in time and, `edges` of it, of the root mean square difference
-    along either side of the picture. The square tells a blurred edge and two half ones from the edge they add up to.
-    """
-    error = _share(_changes(made), _changes(true), _about(weights[:, 0, 1:]))
-    counts = _about(weights[:, 0])
-    for axis in (3, 4):
-        error = error + edges / 2 * _share(_edges(made, axis), _edges(true, axis), counts)
-    return error
-
-
-def _changes(video: Tensor) -> Tensor:
-    return _about(video.diff(dim=2).abs().mean(1))
-
-
-def _edges(video: Tensor, axis: int) -> Tensor:
-    return (_about(video.diff(dim=axis).square().mean(1)) + _FLAT**2).sqrt()
-
-
-def _share(made: Tensor, true: Tensor, counts: Tensor) -> Tensor:
-    """Levels [B, T, n, m] about places that count so much."""
-    of = (1, 2, 3)
-    return ((counts * (made - true).abs()).sum(of) / (counts * (true + _FLAT)).sum(of)).mean()
-
-
-def _about(values: Tensor) -> Tensor:
-    """Means [B, T, n, m] over the overlapping squares of values [B, T, H, W], which may lack a last row or column."""
-    height, width = (-(-size // _PLACE) * _PLACE for size in values.shape[2:])
-    padded = F.pad(values, (0, width - values.shape[3], 0, height - values.shape[2]))
-    return F.avg_pool2d(padded, _PLACE, _PLACE // 2)
 
 
 def _of_frames(cells: Tensor, spatial: int) -> Tensor:
@@ -120,6 +86,29 @@ def _of_frames(cells: Tensor, spatial: int) -> Tensor:
     return pixels / pixels.mean()
 
 
-def load_seen_loss(path: Path, weight: float) -> SeenLoss:
-    """The loss by the decoder of a light autoencoder's file."""
-    return SeenLoss(autoencoder.frozen(path), weight)
+@dataclass(frozen=True)
+class StoredFrames:
+    """A `Truth`: the frames of the clips of a folder, of `spatial` pixels a cell."""
+
+    folder: Path
+    spatial: int
+
+    def __call__(self, batch: Batch, run: slice, crops: Crops) -> Tensor:
+        """OSError for a clip that is not there."""
+        return torch.cat([self._one(batch, i, run, crop) for i, crop in enumerate(crops)])
+
+    def _one(self, batch: Batch, i: int, run: slice, crop: tuple[slice, slice]) -> Tensor:
+        latents = batch.frames[i, run].tolist()
+        shown = range(TEMPORAL * latents[0], TEMPORAL * latents[-1] + 1)
+        rows, columns = (
+            slice((int(first) + side.start) * self.spatial, (int(first) + side.stop) * self.spatial)
+            for first, side in zip(batch.corner[i], crop, strict=True)
+        )
+        frames = read_frames(clip_path(self.folder, int(batch.seeds[i])), shown)
+        return as_video(frames[:, rows, columns])
+
+
+def load_seen_loss(path: Path, weight: float, clips: Path) -> SeenLoss:
+    """The loss by the decoder of a light autoencoder's file, against the frames of a folder of clips."""
+    decoder = autoencoder.frozen(path)
+    return SeenLoss(decoder, StoredFrames(clips, decoder.spatial), weight)

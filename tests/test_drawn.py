@@ -431,6 +431,19 @@ def test_latents_of_a_rehearsal_and_frames_that_they_become_belong_together() ->
         assert np.array_equal(piece.boxes[0, 0], np.clip(shown, 0, 32))
 
 
+def test_frames_of_a_rehearsal_may_be_a_little_aside_and_not_still_nor_elsewhere() -> None:
+    video = torch.zeros(1, 3, 5, 64, 64)
+    for t in range(5):
+        video[:, :, t, 24:40, 8 + 4 * t : 24 + 4 * t] = 1
+    weights = torch.ones(1, 1, 5, 64, 64)
+    still = video[:, :, :1].expand_as(video)
+    right, aside, stands, elsewhere = (
+        float(trainer.rehearsed_loss(made, video, weights))
+        for made in (video, video.roll(1, 4), still, video.roll(20, 3))
+    )
+    assert right == 0 and 3 * aside < stands and 3 * aside < elsewhere
+
+
 def test_a_rehearsal_teaches_the_decoder_only(tmp_path: Path) -> None:
     recipe = trainer.Recipe(size=32, crop=32)
     source = small_autoencoder(tmp_path / "finished.safetensors")

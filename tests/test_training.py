@@ -156,9 +156,11 @@ def test_a_clip_survives_the_disk(tmp_path: Path):
     assert min(float((clip.video.float() - v).abs().mean()) for v in candidates) < 6
     assert torch.allclose(clip.open, torch.tensor([p.open for p in drawn[0].poses]))
     assert clips.list_clips(tmp_path) == [path]
+    assert torch.equal(clips.read_frames(path, slice(1, 4)), clip.video[1:4])
     path.write_bytes(b"no clip")
-    with pytest.raises(OSError, match="not a stored clip"):
-        clips.read_clip(path)
+    for read in (clips.read_clip, clips.read_pose, lambda path: clips.read_frames(path, slice(0, 1))):
+        with pytest.raises(OSError, match="not a stored clip"):
+            read(path)
 
 
 def test_mirroring_takes_the_boxes_along():

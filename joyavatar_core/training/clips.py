@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,16 +118,12 @@ def write_clip(folder: Path, seed: int, frames: int = FRAMES, size: tuple[int, i
 
 def read_clip(path: Path) -> StoredClip:
     """Read and decode a clip. OSError for a file that is not one."""
-    try:
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})["clip"])
-            tensors = {name: file.get_tensor(name) for name in ("frames", "sizes", "audio", "boxes", "pose")}
+    with _opened(path) as file:
+        facts = json.loads((file.metadata() or {})["clip"])
+        tensors = {name: file.get_tensor(name) for name in ("frames", "sizes", "audio", "boxes", "pose")}
         phones = tuple(TimedPhone(*phone) for phone in facts["phones"])
-    except (SafetensorError, KeyError) as error:
-        raise OSError(f"{path} is not a stored clip ({error}): delete it and draw the clips again") from error
-    pieces = np.split(tensors["frames"].numpy(), np.cumsum(tensors["sizes"].numpy())[:-1])
     return StoredClip(
-        video=torch.from_numpy(np.stack([_decode(piece) for piece in pieces])),
+        video=_decoded(tensors["frames"], tensors["sizes"].tolist()),
         audio=tensors["audio"].float() / 32767,
         boxes=tensors["boxes"],
         pose=tensors["pose"],
@@ -138,26 +136,34 @@ def read_clip(path: Path) -> StoredClip:
     )
 
 
-def read_frames(path: Path, frames: range) -> Tensor:
+def read_frames(path: Path, frames: slice) -> Tensor:
     """Some of the frames of a clip, one after another: [n, H, W, 3] uint8 RGB. OSError for a file that is not one."""
-    try:
-        with safe_open(path, "pt") as file:
-            begins = [0, *file.get_tensor("sizes").cumsum(0).tolist()]
-            stored = file.get_slice("frames")[begins[frames.start] : begins[frames.stop]].numpy()
-    except SafetensorError as error:
-        raise OSError(f"{path} is not a stored clip ({error}): delete it and draw the clips again") from error
-    offset = begins[frames.start]
-    pieces = [stored[begins[t] - offset : begins[t + 1] - offset] for t in frames]
-    return torch.from_numpy(np.stack([_decode(piece) for piece in pieces]))
+    with _opened(path) as file:
+        sizes: list[int] = file.get_tensor("sizes").tolist()
+        begin, shown = sum(sizes[: frames.start]), sizes[frames]
+        stored = file.get_slice("frames")[begin : begin + sum(shown)]
+    return _decoded(stored, shown)
 
 
 def read_pose(path: Path) -> Tensor:
     """[T, P] the poses of a stored clip alone. OSError for a file that is not one."""
+    with _opened(path) as file:
+        return file.get_tensor("pose")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("pose")
-    except SafetensorError as error:
+            yield file
+    except (SafetensorError, KeyError) as error:
         raise OSError(f"{path} is not a stored clip ({error}): delete it and draw the clips again") from error
+
+
+def _decoded(stored: Tensor, sizes: list[int]) -> Tensor:
+    """Frames [n, H, W, 3] of their JPEG files, one behind the other, of so many bytes each."""
+    pieces = np.split(stored.numpy(), np.cumsum(sizes)[:-1])
+    return torch.from_numpy(np.stack([_decode(piece) for piece in pieces]))
 
 
 def list_clips(folder: Path) -> list[Path]:

@@ -99,7 +99,7 @@ class StoredFrames:
 
     def _one(self, batch: Batch, i: int, run: slice, crop: tuple[slice, slice]) -> Tensor:
         latents = batch.frames[i, run].tolist()
-        shown = range(TEMPORAL * latents[0], TEMPORAL * latents[-1] + 1)
+        shown = slice(TEMPORAL * latents[0], TEMPORAL * latents[-1] + 1)
         rows, columns = (
             slice((int(first) + side.start) * self.spatial, (int(first) + side.stop) * self.spatial)
             for first, side in zip(batch.corner[i], crop, strict=True)

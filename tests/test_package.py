@@ -36,6 +36,19 @@ def test_the_package_takes_files_that_load_and_keeps_its_limits(tmp_path: Path, 
         package.package(*sources, out)
 
 
+def test_autoencoders_are_mixed_by_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    add_small_preset(monkeypatch)
+    trainer.save(small_training(tmp_path))
+    ours, theirs = (small_autoencoder(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    out = tmp_path / "assets"
+    out.mkdir()
+    files = ["--transformer", str(tmp_path / "transformer.safetensors"), "--reader", str(WEIGHTS), "--out", str(out)]
+    package.main(["--autoencoder", str(ours), "--blend-autoencoder", f"{theirs}=0.25", *files])
+    found, one, other = (checkpoint.read(path)[0] for path in (out / EMBEDDED_FILES["autoencoder"], ours, theirs))
+    for name, tensor in found.items():
+        assert torch.allclose(tensor.float(), 0.75 * one[name] + 0.25 * other[name], atol=5e-3), name
+
+
 def test_what_is_in_the_package_keeps_the_limits_and_says_where_it_comes_from():
     sizes = [path.stat().st_size / 1e6 for path in ASSETS.glob("*.safetensors")]
     assert len(sizes) == 3 and max(sizes) <= package.FILE_MB and sum(sizes) <= package.TOTAL_MB

@@ -1,10 +1,11 @@
 """Puts trained weights into the package: bfloat16, our metadata, the names the engine looks for.
 
     python -m joyavatar_core.training.package --autoencoder FILE --transformer FILE --reader FILE [--out DIR]
-        [--blend FILE=0.4 ...] [--reading NAME=GAIN,OFFSET ...]
+        [--blend FILE=0.4 ...] [--blend-autoencoder FILE=0.15 ...] [--reading NAME=GAIN,OFFSET ...]
 
---blend mixes in the weights of trainings that went on from one another: 0.4 of a teacher makes a student's guidance
-milder; 0.6 of what a training became and -0.6 of what it began from add to another what it learned.
+--blend mixes into the transformer the weights of trainings that went on from one another: 0.4 of a teacher makes a
+student's guidance milder; 0.6 of what a training became and -0.6 of what it began from add to another what it learned.
+--blend-autoencoder does so with autoencoders: a little of one that learnt from true frames alone brings detail back.
 --reading stretches what the ears tell of a face: they give the mean of what may be, which is less than what is; a lid
 half shut is nobody's, and a nod is a part of the true one.
 Metadata (recipe, data seed, steps, figures) comes along from the training's own files.
@@ -59,21 +60,21 @@ def _megabytes(tensors: checkpoint.Tensors) -> float:
     return sum(t.numel() * t.element_size() for t in tensors.values()) / 1e6
 
 
-def blend(transformer: Path, others: Mapping[Path, float], out: Path) -> Path:
-    """Write the weighted sum of the other files and of as much of the transformer as is missing to 1; gives `out`.
+def blend(source: Path, others: Mapping[Path, float], out: Path) -> Path:
+    """Write the weighted sum of the other files and of as much of the source as is missing to 1; gives `out`.
 
-    The metadata is the transformer's, with the weights and checksums of what was mixed in. Raises ValueError for a
+    The metadata is the source's, with the weights and checksums of what was mixed in. Raises ValueError for a
     weight outside -1 .. 1, CheckpointError for files of different kinds.
     """
     for path, weight in others.items():
         if not -1 <= weight <= 1:
             raise ValueError(f"--blend {path.name}={weight:g}: the weight must be in -1 .. 1")
-    ours, metadata = checkpoint.read(transformer)
+    ours, metadata = checkpoint.read(source)
     mixed = {name: (1 - sum(others.values())) * tensor.float() for name, tensor in ours.items()}
     for path, weight in others.items():
         theirs = _told_weights(path)
         if {n: t.shape for n, t in theirs.items()} != {n: t.shape for n, t in ours.items()}:
-            raise checkpoint.CheckpointError(f"{path.name} has other tensors than {transformer.name}: not of its kind")
+            raise checkpoint.CheckpointError(f"{path.name} has other tensors than {source.name}: not of its kind")
         for name, tensor in theirs.items():
             mixed[name] += weight * tensor.float()
     before = json.loads(metadata.get("blend", "[]"))
@@ -134,19 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformer", type=Path, required=True)
     parser.add_argument("--reader", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    parser.add_argument(
-        "--blend", type=_weighted, action="append", metavar="FILE=WEIGHT", help="weights to be mixed in, any number"
-    )
+    for option, part in (("--blend", "transformer"), ("--blend-autoencoder", "autoencoder")):
+        told = f"weights to be mixed into the {part}, any number"
+        parser.add_argument(option, type=_weighted, action="append", metavar="FILE=WEIGHT", help=told)
     parser.add_argument("--reading", type=_reading, action="append", metavar="NAME=GAIN,OFFSET", help="of the ears")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with tempfile.TemporaryDirectory() as folder:
-        transformer = options.transformer
+        autoencoder, transformer = options.autoencoder, options.transformer
         if options.blend:
             transformer = blend(transformer, dict(options.blend), Path(folder) / "blended.safetensors")
+        if options.blend_autoencoder:
+            autoencoder = blend(autoencoder, dict(options.blend_autoencoder), Path(folder) / "autoencoder.safetensors")
         if options.reading:
             transformer = stretch(transformer, dict(options.reading), Path(folder) / "stretched.safetensors")
-        package(options.autoencoder, transformer, options.reader, options.out)
+        package(autoencoder, transformer, options.reader, options.out)
 
 
 if __name__ == "__main__":

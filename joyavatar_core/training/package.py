@@ -135,9 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--transformer", type=Path, required=True)
     parser.add_argument("--reader", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ASSETS)
-    for option, part in (("--blend", "transformer"), ("--blend-autoencoder", "autoencoder")):
-        told = f"weights to be mixed into the {part}, any number"
-        parser.add_argument(option, type=_weighted, action="append", metavar="FILE=WEIGHT", help=told)
+    mixed = {"type": _weighted, "action": "append", "metavar": "FILE=WEIGHT"}
+    parser.add_argument("--blend", help="weights to be mixed into the transformer, any number", **mixed)
+    parser.add_argument("--blend-autoencoder", help="the same for the autoencoder", **mixed)
     parser.add_argument("--reading", type=_reading, action="append", metavar="NAME=GAIN,OFFSET", help="of the ears")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -357,7 +357,7 @@ _FOREIGN = {
 """Light autoencoders of other models, by the beginnings of their file names; some have the very keys of taew2_1."""
 
 _ENCODER_LAYOUT = re.compile("c-" + 3 * "tc(m*)" + "c")
-_DECODER_LAYOUT = re.compile("-c-(m*)" + 2 * "-tc(m*)" + "-tc-c")
+_DECODER_LAYOUT = re.compile("-c-(m*)" + 2 * "-tc(m*)" + "-tc-(m*)c")
 
 
 def light_config(name: str, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> AutoencoderConfig:
@@ -426,6 +426,7 @@ def _config_of_shapes(shapes: Mapping[str, tuple[int, ...]]) -> AutoencoderConfi
         encoder_blocks=_three(blocks[0]),
         decoder_blocks=_three(blocks[1]),
         ahead=True,
+        last_blocks=len(up[4]),
     )
 
 

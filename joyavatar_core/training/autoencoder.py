@@ -278,16 +278,14 @@ def with_last_blocks(model: LightAutoencoder, count: int) -> LightAutoencoder:
     if model.config.last_blocks >= count:
         return model
     other = LightAutoencoder(replace(model.config, last_blocks=count))
-    other.encoder, layers = model.encoder, list(model.decoder)
-    begin = len(layers) - 1
-    fresh = [block for block in other.decoder if isinstance(block, light.MemoryBlock)][
-        model.config.last_blocks - count :
-    ]
+    *layers, to_pixels = model.decoder
+    fresh = list(other.decoder)[len(layers) : -1]
     for block in fresh:  # what enters is not negative, so the ReLU behind the sum changes nothing
+        assert isinstance(block, light.MemoryBlock)
         last = _convolution(block.conv[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(_bias(last))
-    other.decoder = nn.Sequential(*layers[:begin], *fresh, layers[-1])
+    other.encoder, other.decoder = model.encoder, nn.Sequential(*layers, *fresh, to_pixels)
     return other
 
 

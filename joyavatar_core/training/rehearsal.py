@@ -4,8 +4,8 @@
 
 In training the past is true; at inference it is the transformer's own, and so is what it denoises. A transformer that
 has only ever seen the truth reads from it what it was to draw by itself. `acting` puts rehearsals in the place of the
-true latents and asks for the true ones (as DAgger does: Ross, Gordon and Bagnell 2011). Under torchrun the processes
-share the clips.
+true latents and asks for the true ones (as DAgger does: Ross, Gordon and Bagnell 2011); `autoencoder --rehearsals`
+teaches the decoder to show them evenly. Under torchrun the processes share the clips.
 
 Shape legend: N clips, B batch (1), C latent channels, F latent frames, T pixel frames of a latent, K readings, h w
 latent size, D width.

@@ -33,6 +33,7 @@ from joyavatar_core.training.drawn import (
     render,
     texture,
 )
+from joyavatar_core.training.encoded import as_video
 from joyavatar_core.training.mouth import Speech, TimedPhone
 
 from .small_training import small_autoencoder
@@ -327,7 +328,7 @@ def test_initial_latents_are_normal_and_differ_from_each_other() -> None:
 def test_a_step_of_training_moves_every_weight(tmp_path: Path) -> None:
     recipe = trainer.Recipe(batches=((5, 1),), crop=32, size=32, pool=2)
     batch = next(data.batches(recipe, 0))
-    state = trainer._begin(recipe, tmp_path, [trainer.as_video(batch.video)])
+    state = trainer._begin(recipe, tmp_path, [as_video(torch.from_numpy(batch.video))])
     before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     losses = [trainer._step(state, batch, 0.0)["loss"] for _ in range(12)]
     still = [n for n, p in state.model.named_parameters() if p.grad is not None and torch.equal(p, before[n])]
@@ -366,7 +367,7 @@ def go_on(recipe: trainer.Recipe, folder: Path, steps: int) -> tuple[LightAutoen
     """A small finished autoencoder, and the same after some steps of a training that goes on with it."""
     source = small_autoencoder(folder / "finished.safetensors")
     batch = data.Batch(random_frames(2, 5), np.zeros((2, 5, 3, 4), np.float32))
-    state = trainer._begin(recipe, folder, [trainer.as_video(batch.video)], source)
+    state = trainer._begin(recipe, folder, [as_video(torch.from_numpy(batch.video))], source)
     for _ in range(steps):
         trainer._step(state, batch, 0.0)
     trainer._checkpoint(state, ((9.0,) * 16, (9.0,) * 16))
@@ -386,7 +387,7 @@ def test_what_is_to_learn_of_a_finished_autoencoder_does(learns: str, tmp_path: 
 
 
 def test_latents_that_are_pulled_stay_nearer(tmp_path: Path) -> None:
-    video, moved = trainer.as_video(random_frames(1, 5)), []
+    video, moved = as_video(torch.from_numpy(random_frames(1, 5))), []
     for weight in (0.0, 100.0):
         recipe = trainer.Recipe(size=32, crop=32, near_weight=weight, latent_penalty=0, warmup_steps=1)
         before, after = go_on(recipe, tmp_path, steps=8)
@@ -460,6 +461,9 @@ def test_steps_on_rehearsals_come_in_turn(tmp_path: Path) -> None:
     clip = clips.write_clip(tmp_path, 7, 29, (64, 64))
     with pytest.raises(ValueError, match="no clips"):
         trainer.train(trainer.Recipe(size=32, crop=32), tmp_path / "out", rehearsals=tmp_path / "none")
+    with pytest.raises(ValueError, match="only the encoder is to learn"):
+        trainer.train(trainer.Recipe(learns="encoder"), tmp_path / "encoder", rehearsals=tmp_path)
+    assert not (tmp_path / "encoder").exists()
     own = tmp_path / "own-x" / clip.name
     own.parent.mkdir()
     checkpoint.write(own, {"own": torch.zeros(8, 16, 4, 4, dtype=torch.float16)}, {})

@@ -44,6 +44,7 @@ from .autoencoder_data import HELD_OUT_KINDS, KINDS, Batch, Sample, batches, hel
 from .clips import list_clips
 from .common import Muon, autocast, beside, kept_share, rate_scale, record
 from .drawn import HELD_OUT_SEED, Image
+from .encoded import as_video
 from .liveliness import liveliness_error
 
 log = logging.getLogger(__name__)
@@ -116,11 +117,6 @@ class Recipe:
 
 
 # Loss
-
-
-def as_video(frames: Image) -> Tensor:
-    """uint8 [B, T, H, W, 3] -> float [B, 3, T, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 4, 1, 2, 3))).float().div_(127.5).sub_(1)
 
 
 def region_weights(
@@ -304,7 +300,7 @@ def latent_statistics(latents: list[Tensor]) -> Statistics:
 @torch.no_grad()
 def _encode(model: LightAutoencoder, sample: Sample) -> Tensor:
     with autocast():
-        return model.encode(as_video(sample.video[None])).float()
+        return model.encode(as_video(torch.from_numpy(sample.video))).float()
 
 
 # Files
@@ -352,7 +348,7 @@ class _Training:
 
 def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
     """One step on drawn clips, which are encoded and decoded, or on rehearsals, which are decoded."""
-    recipe, video, (height, width) = state.recipe, as_video(batch.video), batch.video.shape[2:4]
+    recipe, video, (height, width) = state.recipe, as_video(torch.from_numpy(batch.video)), batch.video.shape[2:4]
     boxes, none = torch.from_numpy(batch.boxes), torch.zeros(())
     if batch.latents is None:
         weights = region_weights(boxes, height, width, recipe.regions, recipe.small_mouths)
@@ -581,14 +577,18 @@ def train(
     With a finished autoencoder as `source`, what of it recipe.learns is trained further, with a folder of rehearsals
     on these too.
     Returns the final figures: PSNR in dB. Raises OSError when `resume` finds no train.safetensors in `out`, ValueError
-    for a folder without rehearsals.
+    for a folder without rehearsals, and for rehearsals when the decoder does not learn: they are only decoded.
     """
+    if rehearsals and recipe.learns == "encoder":
+        raise ValueError(
+            "rehearsals teach the decoder, and only the encoder is to learn: leave one of them out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     seed = recipe.seed + int(time.time() if resume else 0)
     paths = list_clips(rehearsals) if rehearsals else ()
     with beside(partial(batches, recipe, seed, paths), most=6) as queue:
-        first = [as_video(queue.get(timeout=300).video) for _ in range(4)]
+        first = [as_video(torch.from_numpy(queue.get(timeout=300).video)) for _ in range(4)]
         state = _begin(recipe, out, first, source)
         if resume:
             _resume(state)

@@ -227,8 +227,9 @@ def picture_channels(autoencoder: LightAutoencoder, picture: Tensor) -> ImageCha
 
 
 def as_video(frames: Tensor) -> Tensor:
-    """uint8 [T, H, W, 3] -> float [1, 3, T, H, W] in [-1, 1]."""
-    return frames.permute(3, 0, 1, 2)[None].float().div(127.5).sub(1)
+    """uint8 [T, H, W, 3] or [B, T, H, W, 3] -> float [B, 3, T, H, W] in [-1, 1]."""
+    batch = frames if frames.ndim == 5 else frames[None]
+    return batch.movedim(-1, 1).contiguous().float().div_(127.5).sub_(1)
 
 
 def as_track(audio: Tensor, sample_rate: int) -> AudioTrack:

@@ -68,7 +68,7 @@ def blend(source: Path, others: Mapping[Path, float], out: Path) -> Path:
     """
     for path, weight in others.items():
         if not -1 <= weight <= 1:
-            raise ValueError(f"--blend {path.name}={weight:g}: the weight must be in -1 .. 1")
+            raise ValueError(f"{path.name}={weight:g}: the weight of what is mixed in must be in -1 .. 1")
     ours, metadata = checkpoint.read(source)
     mixed = {name: (1 - sum(others.values())) * tensor.float() for name, tensor in ours.items()}
     for path, weight in others.items():

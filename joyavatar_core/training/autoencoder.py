@@ -580,9 +580,7 @@ def train(
     for a folder without rehearsals, and for rehearsals when the decoder does not learn: they are only decoded.
     """
     if rehearsals and recipe.learns == "encoder":
-        raise ValueError(
-            "rehearsals teach the decoder, and only the encoder is to learn: leave one of them out"
-        )
+        raise ValueError("rehearsals teach the decoder, and only the encoder is to learn: leave one of them out")
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
     seed = recipe.seed + int(time.time() if resume else 0)

@@ -66,6 +66,11 @@ class AudioConfig:
         return len(self.limits) or self.readings
 
     @property
+    def takes_manner(self) -> bool:
+        """Whether the model is told more of a pixel frame than its ears say (`manner`)."""
+        return self.told > self.readings
+
+    @property
     def reach(self) -> int:
         """Columns of the spectrogram that the convolutions of a "window" projector take before and after a frame."""
         return 2 + self.columns // 2 * (sum(self.dilations) + 1)

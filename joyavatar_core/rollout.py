@@ -497,7 +497,7 @@ class Rollout:
     def _manner(self, block: int) -> Tensor | None:
         """What no sound tells of a block, [B, F, T, K], for a model that is told; a retake keeps that of the stream."""
         audio = self.model.config.audio
-        if audio is None or audio.told == audio.readings:
+        if audio is None or not audio.takes_manner:
             return None
         frames = [self.geometry.frames_told(latent) for latent in self.geometry.latents_of_block(block)]
         drawn = [manner(seed, sum(frames, ()), self.geometry.fps) for seed in self.seeds or (self.seed,)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from joyavatar_core import flow
 from joyavatar_core.avatar import load_light_autoencoder
 from joyavatar_core.conditioning import ImageChannels
+from joyavatar_core.manner import HEARD
 from joyavatar_core.training import bidirectional, dmd, trainer
 from joyavatar_core.training.inputs import Inputs
 from joyavatar_core.training.lips import LipLoss, LipReader, Lips
@@ -146,6 +147,32 @@ def test_guidance_about_the_mouth_and_elsewhere(tmp_path: Path, files: tuple[Pat
     assert whole._guidance(given) == 3.0
 
 
+def test_scores_are_told_what_the_rollout_is_told(tmp_path: Path, files: tuple[Path, Path]):
+    """The drawn truth of clips that have one, nothing that is heard; guidance goes away from the sound alone."""
+    state = distillation(tmp_path, files)
+    (data,) = state.data
+    given = dmd.conditions(data, torch.arange(2), 6, (4, 4), state.recipe).inputs
+    assert given.manner is not None and data.told is not None and not given.manner[..., : len(HEARD)].any()
+    assert torch.equal(given.manner[..., len(HEARD) :], data.told[:2, :6, :, len(HEARD) :].float())
+    x_t, timesteps = torch.randn(2, 16, 6, 4, 4), torch.tensor([300.0, 900.0])
+    still = replace(given, manner=torch.zeros_like(given.manner))
+    drawn = dmd.draw(random.Random(0), state.policy, Odds(main=0, blocks=(2, 2)))
+    dtype = next(state.model.parameters()).dtype
+    with torch.no_grad():
+        scores = [dmd.clean(state.real, x_t, timesteps, told) for told in (given, still, replace(given, manner=None))]
+        geometry = state._geometry(torch.ones(2, 6, 4, 4))
+        rolled = [
+            dmd.roll_out(state.model, state.policy, geometry, told, drawn, gradient=False, dtype=dtype).latents
+            for told in (given, still, replace(given, manner=None))
+        ]
+    for moved, stood, untold in (scores, rolled):
+        assert not torch.allclose(moved, stood) and torch.equal(stood, untold)
+    assert given.untold().manner is given.manner
+    for clips in (replace(data, told=None), data):
+        told = dmd.conditions(clips, torch.arange(2), 6, (4, 4), state.recipe).inputs.manner
+        assert (told is None) == (clips.told is None)
+
+
 # Clips for the scores
 
 
@@ -153,25 +180,28 @@ def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path])
     autoencoder = load_light_autoencoder(files[1])
     latents, audio = torch.randn(2, 16, 9, 4, 4, requires_grad=True), torch.randn(2, 9, 3, 5)
     channels = ImageChannels(torch.randn(2, 20, 9, 4, 4))
-    inputs, weights = Inputs(picture=torch.zeros(2, 1, 8), channels=channels, audio=audio), torch.ones(2, 9, 4, 4)
+    manner = torch.randn(2, 9, 4, 11)
+    inputs = Inputs(picture=torch.zeros(2, 1, 8), channels=channels, audio=audio, manner=manner)
+    weights = torch.ones(2, 9, 4, 4)
     true = Lips(torch.arange(9).expand(2, -1), torch.rand(2, 9, 4, 4), torch.rand(2, 9, 4, 3))
     given = dmd.Given(inputs, weights, true)
-    same = dmd.last_latents(latents, given, 9, autoencoder)
+    same = dmd.last_latents(latents, given, 9, 3, autoencoder)
     assert same.latents is latents and same.given is given
-    made = dmd.last_latents(latents, given, 6, autoencoder)
+    made = dmd.last_latents(latents, given, 6, 3, autoencoder)
     inputs, lips = made.given.inputs, made.given.lips
     assert torch.equal(made.latents[:, :, 1:], latents[:, :, 4:])
     assert inputs.audio is not None and torch.equal(inputs.audio, audio[:, 3:])
+    assert inputs.manner is not None and torch.equal(inputs.manner, manner[:, 3:])
     assert inputs.channels is not None and inputs.channels.at([0]).shape == (2, 20, 1, 4, 4)
     assert torch.equal(made.latents[:, :, 0], inputs.channels.picture)
     assert lips is not None and true.wanted is not None and lips.wanted is not None
     assert torch.equal(lips.wanted, true.wanted[:, 3:]) and lips.frames[0, 0] == 3
     assert torch.equal(lips.mouth, true.mouth[:, 3:])
     dmd.distribution_loss(made.latents, torch.ones_like(made.latents), made.given.weights).backward()
-    assert latents.grad is not None and not latents.grad[:, :, :4].any() and latents.grad[:, :, 4:].all()
+    assert latents.grad is not None and not latents.grad[:, :, :6].any() and latents.grad[:, :, 6:].all()
     assert weights.all()
     with pytest.raises(ValueError, match="9 latents is shorter than the 12"):
-        dmd.last_latents(latents, given, 12, autoencoder)
+        dmd.last_latents(latents, given, 12, 3, autoencoder)
 
 
 # Training

@@ -19,6 +19,7 @@ from joyavatar_core.cache import EVERY
 from joyavatar_core.checkpoint import read
 from joyavatar_core.config import AudioConfig
 from joyavatar_core.geometry import Geometry
+from joyavatar_core.manner import HEARD
 from joyavatar_core.model import AudioKV, ConditionKV
 from joyavatar_core.noise import gaussian
 from joyavatar_core.policy import POLICIES, RolloutPolicy, policy
@@ -402,3 +403,31 @@ def test_the_whole_regression_runs_and_goes_on(tmp_path: Path, teacher: Path):
     ode_regression.train(replace(recipe, minutes=1 / 60), out, clips, weights, teacher, again=True)
     again = json.loads((out / "curve.jsonl").read_text().splitlines()[-1])
     assert again["step"] > lines[-1]["step"]
+
+
+def test_trajectories_are_told_what_the_student_is_told(tmp_path: Path) -> None:
+    """What no sound tells of the true clip, in teacher and student; its true mouth is left to the ears."""
+    state = small_training(tmp_path)
+    clips = random_clips(1, blocks=3)
+    assert clips.told is not None
+    geometry, model = clips.geometry(16, PRESET.patch), state.model.float()
+    with torch.no_grad():
+        for p in model.parameters():  # a model at step 0 says nothing
+            p.normal_(std=0.2)
+    drawn, heard = clips.told.clone(), clips.told.clone()
+    drawn[..., len(HEARD) :] += 1
+    heard[..., : len(HEARD)] += 1
+
+    def end(told: Tensor | None) -> Tensor:
+        return trajectories.trace(model, FLASH, 8, replace(clips, told=told), 0, geometry, seed=0).end
+
+    assert torch.equal(end(clips.told), end(heard)) and not torch.allclose(end(clips.told), end(drawn))
+    assert torch.equal(end(None), end(torch.zeros_like(drawn)))
+    layout = Layout(FLASH, 0, (1000.0,))
+    batch = batches.make_batch(clips, layout, torch.tensor([0]), PRESET.patch, Mixture(), seed=0)
+    assert batch.manner is not None and torch.equal(
+        batch.manner[0, ..., len(HEARD) :], clips.told[0, :3, :, len(HEARD) :].float()
+    )
+    with torch.no_grad():
+        told, still = (batches.predict(model, b) for b in (batch, replace(batch, manner=None)))
+    assert not torch.allclose(told, still)

@@ -2,7 +2,8 @@
 
     python -m joyavatar_core.training.ablations train --initial ODE --teacher FILE --autoencoder FILE --clips CLIPS
         --out DIR --steps 400 [--only NAME ...]
-    python -m joyavatar_core.training.ablations measure --autoencoder FILE --out DIR [--clips 6] [--seconds 120]
+    python -m joyavatar_core.training.ablations measure --autoencoder FILE --out DIR [--clips 6] [--long-clips 6]
+        [--seconds 120]
 
 `train` distils every trained variant from one and the same ODE checkpoint, the full model twice; what is there is
 resumed or skipped. `measure` runs every row of the tables with several seeds of the noise on the held-out suite
@@ -36,6 +37,7 @@ from .self_forcing import Odds
 log = logging.getLogger(__name__)
 
 SEEDS = (0, 1, 2)
+_FIT_CLIPS = 2  # of the loudness predictor, which no column asks for
 
 COLUMNS: dict[str, str] = {
     "sync.correlation": "mouth against sound, up",
@@ -202,13 +204,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measuring = commands.add_parser("measure")
     measuring.add_argument("--autoencoder", type=Path, required=True)
     measuring.add_argument("--out", type=Path, required=True)
-    measuring.add_argument("--clips", type=int, default=6, help="clips of a row, short and long (%(default)s)")
+    measuring.add_argument("--clips", type=int, default=6, help="short clips of a row (%(default)s)")
+    measuring.add_argument("--long-clips", type=int, default=6, help="long clips of a row (%(default)s)")
     measuring.add_argument("--seconds", type=float, default=120.0, help="length of the long ones (%(default)s)")
     measuring.add_argument("--workers", type=int, default=0, help="processes that share the clips (%(default)s)")
     options = parser.parse_args(arguments)
     if options.command == "measure":
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        suite = Suite(clips=options.clips, long_clips=options.clips, long_seconds=options.seconds)
+        suite = Suite(
+            clips=options.clips, long_clips=options.long_clips, long_seconds=options.seconds, fit_clips=_FIT_CLIPS
+        )
         measure(options.out, options.autoencoder, suite, workers=options.workers)
     else:
         _, recipe = trainer.parse(parser, dmd.Recipe, arguments)

@@ -17,6 +17,7 @@ from .. import flow
 from ..conditioning import reference_tokens
 from ..model import JoyAvatarDiT
 from .encoded import EncodedClips
+from .inputs import hear
 from .sequences import Layout, Mixture, sample_latents, sample_levels
 
 _SMALLEST_MOUTH = 0.5  # latent cells: a mouth that is hidden or outside the picture is not drawn more often still
@@ -29,8 +30,9 @@ class Batch:
     corner [B, 2]: row and column of the first cell in the clip's whole picture.
     true, x0, noise [B, C, F, h, w]: latents of the true clips, those to be learnt, mostly the same, and what they are
     mixed with; channels: mask and image channels, the same but for C; image: reference tokens
-    [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]; told [B, F, T, K]: readings
-    that stand in place of what is heard, if there are any; own [B, C, F, h, w]: rehearsals of these frames, likewise.
+    [B, P, p q C]; audio [B, F, W, channels]; mouth, eyes [B, F, h, w]; timesteps [B, F]; manner [B, F, T, K]: what no
+    sound tells, of clips whose truth is known; told [B, F, T, K]: readings that stand in place of what is heard, if
+    there are any; own [B, C, F, h, w]: rehearsals of these frames, likewise.
     """
 
     layout: Layout
@@ -47,6 +49,7 @@ class Batch:
     mouth: Tensor
     eyes: Tensor
     timesteps: Tensor
+    manner: Tensor | None = None
     told: Tensor | None = None
     own: Tensor | None = None
 
@@ -86,6 +89,7 @@ def make_batch(
         mouth=data.mouth[rows, frames].float(),
         eyes=data.eyes[rows, frames].float(),
         timesteps=sample_levels(generator, layout, len(clips), mixture),
+        manner=data.manner(clips, frames),
         told=data.told[rows, frames].float() if told and data.told is not None else None,
         own=None if data.own is None else data.own[rows, frames].float().transpose(1, 2),
     )
@@ -141,7 +145,7 @@ def predict(model: JoyAvatarDiT, batch: Batch) -> Tensor:
     x_t = flow.add_noise(batch.x0, batch.noise, batch.timesteps)
     condition = model.condition(image=batch.image.to(dtype))
     told = batch.told
-    audio = model.audio(batch.audio.to(dtype)) if told is None else model.told(told.to(dtype))
+    audio = hear(model, batch.audio, batch.manner) if told is None else model.told(told.to(dtype))
     x = torch.cat([x_t, batch.channels], dim=1)
     mask = batch.layout.mask(tokens)
     return model(x, batch.timesteps, batch.layout.positions(), condition, audio, None, mask)[0]

@@ -95,15 +95,16 @@ class Given:
     weights: Tensor
     lips: Lips | None = None
 
-    def last(self, count: int, channels: ImageChannels) -> Given:
-        """Of the last `count` latents, under other image channels; the first of them without gradient."""
+    def last(self, count: int, channels: ImageChannels, still: int) -> Given:
+        """Of the last `count` latents, under other image channels; the first `still` of them without gradient."""
         cut, inputs = self.weights.shape[1] - count, self.inputs
         audio = None if inputs.audio is None else inputs.audio[:, cut:]
         valid = None if inputs.valid is None else inputs.valid[cut:]
+        manner = None if inputs.manner is None else inputs.manner[:, cut:]
         weights = self.weights[:, cut:].clone()
-        weights[:, 0] = 0
+        weights[:, :still] = 0
         lips = None if self.lips is None else self.lips.part(cut)
-        return Given(replace(inputs, channels=channels, audio=audio, valid=valid), weights, lips)
+        return Given(replace(inputs, channels=channels, audio=audio, valid=valid, manner=manner), weights, lips)
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,12 @@ def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: 
 # Clips for the scores
 
 
-def last_latents(latents: Tensor, given: Given, count: int, autoencoder: LightAutoencoder) -> Generated:
+def last_latents(latents: Tensor, given: Given, count: int, block: int, autoencoder: LightAutoencoder) -> Generated:
     """The last `count` latents of a rollout as a clip of their own, as the scores know clips.
 
     A clip begins with a latent of one pixel frame. Of a longer rollout, the frame before the last count - 1 latents is
-    decoded and encoded again as the first one, also into the image channels; its block then has no gradient
-    (Self-Forcing). The reference tokens stay the picture's.
+    decoded and encoded again as the first one, also into the image channels; its block of `block` latents then has no
+    gradient (Self-Forcing). The reference tokens stay the picture's.
     """
     cut = latents.shape[2] - count
     if cut < 0:
@@ -167,7 +168,7 @@ def last_latents(latents: Tensor, given: Given, count: int, autoencoder: LightAu
         picture = autoencoder.decode(latents[:, :, : cut + 1].float())[:, :, -1]
         channels = image_channels(autoencoder, picture)
     first = channels.picture[:, :, None].to(latents)
-    return Generated(torch.cat([first, latents[:, :, cut + 1 :]], dim=2), given.last(count, channels))
+    return Generated(torch.cat([first, latents[:, :, cut + 1 :]], dim=2), given.last(count, channels, block))
 
 
 # Training
@@ -268,7 +269,7 @@ class Training(flow_matching.Training[Recipe]):
         else:
             samples = iter([roll_out(*rollout, gradient=gradient, history=history, dtype=dtype)])
         for sample in samples:
-            yield last_latents(sample.latents, given, self.recipe.latents, self.autoencoder)
+            yield last_latents(sample.latents, given, self.recipe.latents, self.policy.block_latents, self.autoencoder)
 
     def _given(self, latents: int, common: random.Random, own: random.Random) -> Given:
         """What this step's clips give rollouts of so many latents."""
@@ -315,7 +316,8 @@ def conditions(data: EncodedClips, clips: Tensor, latents: int, patch: tuple[int
     rows = clips[:, None]
     mouth, eyes = data.mouth[rows, frames].float(), data.eyes[rows, frames].float()
     weights = 1 + (recipe.mouth - 1) * mouth + (recipe.eyes - 1) * eyes
-    inputs = Inputs(picture=picture, channels=ImageChannels(channels), audio=data.audio[rows, frames].float())
+    audio, manner = data.audio[rows, frames].float(), data.manner(clips, frames)
+    inputs = Inputs(picture=picture, channels=ImageChannels(channels), audio=audio, manner=manner)
     return Given(inputs, weights / weights.mean(), Lips(frames, mouth))
 
 

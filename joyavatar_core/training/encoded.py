@@ -96,6 +96,14 @@ class EncodedClips:
         cut = {name: tensor[..., y, x] if name in _PICTURES else tensor for name, tensor in mine.items()}
         return cut | {"corner": torch.tensor(corner)}
 
+    def manner(self, clips: Tensor, latents: Tensor) -> Tensor | None:
+        """What no sound tells of latent frames [B, F] of clips [B]: [B, F, T, K], 0 in HEARD; None: nobody knows."""
+        if self.told is None:
+            return None
+        told = self.told[clips[:, None], latents].float()
+        told[..., : len(HEARD)] = 0
+        return told
+
     def image_channels(self, clips: Tensor, latents: Tensor, temporal: int) -> Tensor:
         """Mask and image channels of latent frames [B, F] of clips [B]: [B, temporal + C, F, h, w]."""
         image = self.image[clips[:, None], latents.clamp(max=self.image.shape[1] - 1)].float()

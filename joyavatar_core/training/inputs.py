@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import ImageChannels
-from ..model import JoyAvatarDiT
+from ..model import AudioKV, JoyAvatarDiT
 from ..rollout import Condition
 
 
@@ -21,8 +21,9 @@ class Inputs:
     """What B clips give the model, raw, so that the gradient reaches the projectors too.
 
     picture: reference tokens [B, L, image_dim]; channels: mask and image channels of B clips; audio: front-end tokens
-    of all their latents [B, F, W, channels], and which of them are valid [F, W], None: all; text [B, L, text_dim], and
-    the negative prompt that guidance goes away from, of the same shape; face [B, 512].
+    of all their latents [B, F, W, channels], and which of them are valid [F, W], None: all; manner [B, F, T, K]: what
+    no sound tells (`manner`), None: nothing; text [B, L, text_dim], and the negative prompt that guidance goes away
+    from, of the same shape; face [B, 512].
     """
 
     picture: Tensor | None = None
@@ -32,6 +33,7 @@ class Inputs:
     face: Tensor | None = None
     valid: Tensor | None = None
     negative: Tensor | None = None
+    manner: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -58,15 +60,24 @@ class Inputs:
         )
 
 
+def hear(model: JoyAvatarDiT, audio: Tensor, manner: Tensor | None, valid: Tensor | None = None) -> AudioKV:
+    """Keys and values of front-end tokens [B, F, W, C] and, for a model that takes it, of manner [B, F, T, K]."""
+    like, config = next(model.parameters()), model.config.audio
+    dtype = model.compute or like.dtype
+    if config is None or not config.takes_manner:
+        manner = None
+    return model.audio(audio.to(dtype), valid, None if manner is None else manner.to(like.device, dtype))
+
+
 def velocity(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs, mask: Tensor | None = None) -> Tensor:
     """Velocity [B, C, F, h, w] of clips x_t whose latents stand at timesteps [B, F]; mask: of the attention."""
-    dtype, frames = model.compute or next(model.parameters()).dtype, x_t.shape[2]
-    condition = inputs.condition(model)
+    condition, frames = inputs.condition(model), x_t.shape[2]
     x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
     audio = None
     if inputs.audio is not None:
         valid = None if inputs.valid is None else inputs.valid[:frames]
-        audio = model.audio(inputs.audio[:, :frames].to(dtype), valid)
+        manner = None if inputs.manner is None else inputs.manner[:, :frames]
+        audio = hear(model, inputs.audio[:, :frames], manner, valid)
     return model(x, timesteps, range(frames), condition.kv, audio, None, mask)[0]
 
 

@@ -33,7 +33,7 @@ from ..model import AudioKV, JoyAvatarDiT
 from ..policy import RolloutPolicy
 from ..rollout import Rollout, RolloutState
 from ..schedule import DenoiseStep, blockwise_window, levels
-from .inputs import Inputs
+from .inputs import Inputs, hear
 from .sequences import commit_level
 
 Branch = Literal["main", "auxiliary"]
@@ -340,7 +340,8 @@ class SelfForcing(Rollout):
         assert audio is not None
         part = slice(block * n, (block + 1) * n)
         heard = None if valid is None or bool(valid[part].all()) else valid[part].to(self.device)
-        kv = self.model.audio(audio[:, part].to(self.device, self.dtype), heard, self._manner(block))
+        manner = None if self.inputs.manner is None else self.inputs.manner[:, part]
+        kv = hear(self.model, audio[:, part].to(self.device, self.dtype), manner, heard)
         if not live:
             state.audio_kv[block] = kv
         return kv

@@ -72,12 +72,14 @@ def refine(policy: RolloutPolicy, ode_steps: int) -> FinePolicy:
 class Trace(Rollout):
     """A rollout of a FinePolicy that keeps the blocks at the levels of the policy it refines.
 
-    coarse: that policy. guidance: how far the flow goes from deaf to hearing, 1: not beyond. states: (block, index of
-    the level) -> [B, C, n, h, w]. kept: block -> keys and values for the cache.
+    coarse: that policy. manner: what no sound tells of its latents [F, T, K] (`manner`), None: nothing. guidance: how
+    far the flow goes from deaf to hearing, 1: not beyond. states: (block, index of the level) -> [B, C, n, h, w].
+    kept: block -> keys and values for the cache.
     """
 
     policy: FinePolicy
     coarse: RolloutPolicy
+    manner: Tensor | None = None
     guidance: float = 1.0
     states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     kept: dict[int, list[KV]] = field(default_factory=dict)
@@ -97,6 +99,13 @@ class Trace(Rollout):
         if step.timesteps[0] == commit_level(self.coarse, oldest):
             self.kept[oldest] = kv
         return v, self.kept.get(oldest, kv)
+
+    def _manner(self, block: int) -> Tensor | None:
+        """That of the clip, which whoever learns from the trajectory is told too."""
+        if self.manner is None or self.model.config.audio is None or not self.model.config.audio.takes_manner:
+            return None
+        latents = self.geometry.latents_of_block(block)
+        return self.manner[None, latents.start : latents.stop].to(self.device, self.dtype)
 
     def _forward(self, state: RolloutState, *args: Any, **kwargs: Any) -> tuple[Tensor, list[KV]]:
         """As in Rollout, with the velocity under guidance (Ho and Salimans 2022); what is cached was heard."""
@@ -133,7 +142,10 @@ def trace(
     guidance: float = 1.0,
 ) -> Trajectory:
     """The teacher's trajectory for the picture and the sound of one of the clips."""
+    every = torch.arange(clips.latents.shape[1])[None]
+    told = clips.manner(torch.tensor([clip]), every)
     rollout = Trace(
+        manner=None if told is None else told[0],
         model=model,
         policy=refine(policy, ode_steps),
         coarse=policy,
@@ -214,7 +226,7 @@ class PairStore:
     @property
     def home(self) -> Path:
         """Where they lie."""
-        key = f"{self.teacher_hash} {self.policy} {self.ode_steps} {self.guidance}"
+        key = f"{self.teacher_hash} {self.policy} {self.ode_steps} {self.guidance} told their manner"
         return self.folder / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
     def make(self, model: JoyAvatarDiT, clips: EncodedClips, geometry: Geometry) -> None:

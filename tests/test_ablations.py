@@ -12,6 +12,7 @@ import pytest
 from joyavatar_core.policy import policy
 from joyavatar_core.training import ablations, dmd, trainer
 from joyavatar_core.training.drawn_suite import Figure, Report, Subject, Suite
+from joyavatar_core.training.self_forcing import Odds
 
 from .small_training import add_small_preset, drawn_clips, random_clips, small_autoencoder, small_training
 
@@ -38,7 +39,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 @pytest.mark.parametrize("name", ablations.TRAININGS)
 def test_variants_roll_out_without_what_they_leave_out(name: str, files: tuple[Path, Path, Path], tmp_path: Path):
     """Of two hundred rollouts none has what the variant is trained without, and some have all the rest."""
-    recipe = replace(dmd.Recipe(**RECIPE), **ablations.TRAININGS[name].recipe)
+    full = dmd.Recipe(**RECIPE, odds=Odds(blocks=(2, 3), noisy_motion=0.4))
+    recipe = ablations.TRAININGS[name].recipe(full)
+    assert recipe.odds.blocks == (2, 3) and recipe.odds.noisy_motion == 0.4
     state = ablations.begin(name, recipe, tmp_path, (random_clips(6),), files)
     draws = [dmd.draw(random.Random(i), state.policy, state.recipe.odds) for i in range(200)]
     seen = {
@@ -64,7 +67,7 @@ def test_rows_change_one_thing_of_the_full_policy():
 def test_trainings_go_on_and_are_not_done_twice(files: tuple[Path, Path, Path], tmp_path: Path):
     (tmp_path / "clips").mkdir()
     clips, out = drawn_clips(tmp_path / "clips"), tmp_path / "out"
-    recipe = dmd.Recipe(**{**RECIPE, "tokens": 32}, steps=1, odds=dmd.Odds(blocks=(7, 7)))
+    recipe = dmd.Recipe(**{**RECIPE, "tokens": 32}, steps=1, odds=Odds(blocks=(7, 7)))
     with pytest.raises(ValueError, match="give --steps"):
         ablations.train(["full"], replace(recipe, steps=None), out, clips, files)
     ablations.train(["full", "no-mci"], recipe, out, clips, files)
@@ -100,14 +103,17 @@ def test_rows_are_measured_once(
         ablations.measure(tmp_path, files[2], suite)
     assert not (tmp_path / "ablations.md").exists()
     kept = json.loads((tmp_path / "ablations.json").read_text())
-    assert [len(kept["full"]), sum(map(len, kept.values()))] == [3, 4]
+    assert [len(kept["full"]["runs"]), sum(len(row["runs"]) for row in kept.values())] == [3, 4]
     runs[:] = [("", -1)] * 5  # never four again
     found = ablations.measure(tmp_path, files[2], suite)
-    assert {name: len(row) for name, row in found.items()} == {
+    assert {name: len(row["runs"]) for name, row in found.items()} == {
         name: 3 for name, row in ablations.ROWS.items() if row.training in ("full", "no-mci")
     }
     assert len(runs) - 5 == 3 * len(found) - 4 and found["full"] == kept["full"]
     assert "w/o main branch: no training no-main" in caplog.text
+    runs[:] = [("", -1)] * 5
+    ablations.measure(tmp_path, files[2], replace(suite, seconds=3.0))
+    assert len(runs) - 5 == 3 * len(found)  # another suite: all anew
     lines = (tmp_path / "ablations.md").read_text().splitlines()
     assert len(lines) == 2 + len(found) and len({line.count("|") for line in lines}) == 1
-    assert lines[2].startswith("| full | 2.000 ± 1.000 |") and lines[2].endswith("| 5.25 | 8.3 | 0.72 | 0.84 | 0.53 |")
+    assert lines[2].startswith("| full | 7.000 ± 1.000 |") and lines[2].endswith("| 5.25 | 8.3 | 0.72 | 0.84 | 0.53 |")

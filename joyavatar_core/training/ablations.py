@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import checkpoint
 from ..avatar import assemble_embedded, load_light_autoencoder, load_model
 from ..measures.mouth_reader import load_mouth_reader
 from ..policy import RolloutPolicy, changed
@@ -32,7 +33,6 @@ from . import dmd, flow_matching, trainer
 from .common import write_whole
 from .drawn_suite import Report, Subject, Suite, run_suite
 from .encoded import EncodedClips
-from .self_forcing import Odds
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +53,25 @@ COLUMNS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A training: what it changes in the recipe of the full model, and in the policy it rolls out under."""
+    """A training: what it changes in the odds of the full model's rollouts, and in the policy they run under; seed is
+    added to the recipe's.
+    """
 
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    odds: Mapping[str, float] = field(default_factory=dict)
     policy: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def recipe(self, full: dmd.Recipe) -> dmd.Recipe:
+        """That of the variant."""
+        return replace(full, seed=full.seed + self.seed, odds=replace(full.odds, **self.odds))
 
 
 TRAININGS: dict[str, Trained] = {
     "full": Trained(),
-    "full-again": Trained({"seed": 1}),
-    "no-main": Trained({"odds": Odds(main=0)}),
-    "no-auxiliary": Trained({"odds": Odds(main=1)}),
-    "no-sub-steps": Trained({"odds": Odds(bootstrap=0, substep=0)}, {"bootstrap": 0}),
+    "full-again": Trained(seed=1),
+    "no-main": Trained({"main": 0}),
+    "no-auxiliary": Trained({"main": 1}),
+    "no-sub-steps": Trained({"bootstrap": 0, "substep": 0}, {"bootstrap": 0}),
     "no-mci": Trained({}, {"motion_frame": False}),
 }
 
@@ -117,7 +124,7 @@ def train(names: Iterable[str], recipe: dmd.Recipe, out: Path, clips: Path, file
     if recipe.steps is None:
         raise ValueError("variants are compared at equal numbers of steps: give --steps")
     for name in names:
-        own, home = replace(recipe, **TRAININGS[name].recipe), out / name
+        own, home = TRAININGS[name].recipe(recipe), out / name
         if steps_done(home) < recipe.steps:
             log.info("training %s", name)
             start = partial(begin, name, own, home, files=files)
@@ -125,11 +132,9 @@ def train(names: Iterable[str], recipe: dmd.Recipe, out: Path, clips: Path, file
 
 
 def steps_done(home: Path) -> int:
-    """Steps of the last line of a curve, 0 without one."""
-    curve = home / "curve.jsonl"
-    if not curve.exists():
-        return 0
-    return int(json.loads(curve.read_text().splitlines()[-1])["step"])
+    """Steps behind the weights of a training's folder, 0 without any."""
+    weights = home / "transformer.safetensors"
+    return json.loads(checkpoint.read(weights)[1]["notes"])["steps"] if weights.exists() else 0
 
 
 # Measuring
@@ -138,7 +143,10 @@ def steps_done(home: Path) -> int:
 def measure(
     out: Path, autoencoder: Path, suite: Suite, seeds: Sequence[int] = SEEDS, workers: int = 0
 ) -> dict[str, Any]:
-    """Every row whose training is there, once for each seed; ablations.json is written after each."""
+    """Every row whose training is there, once for each seed; ablations.json is written after each.
+
+    What was measured of other weights, another autoencoder or on another suite is measured anew.
+    """
     path = out / "ablations.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     reader, decoder = load_mouth_reader(), load_light_autoencoder(autoencoder)
@@ -148,8 +156,11 @@ def measure(
             log.warning("%s: no training %s in %s, left out", name, row.training, out)
             continue
         avatar = assemble_embedded(load_model(weights), decoder)
+        of = f"{checkpoint.sha256_of(weights)} {checkpoint.sha256_of(autoencoder)} {replace(suite, noise_seed=0)}"
+        if found.get(name, {}).get("of") != of:
+            found[name] = {"of": of, "runs": {}}
+        runs = found[name]["runs"]
         for seed in seeds:
-            runs = found.setdefault(name, {})
             if str(seed) not in runs:
                 subject = Subject(avatar, row_policy(row), reader)
                 report = run_suite(replace(suite, noise_seed=seed), subject, workers=workers)
@@ -169,13 +180,13 @@ def _figures(report: Report) -> dict[str, float]:
     return {name: round(report.figures[name].mean, 4) for name in COLUMNS if name in report.figures}
 
 
-def table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: mean and standard deviation over the seeds of each figure, then the paper's figures."""
     heads = [*COLUMNS.values(), "paper: Sync-C", "Sync-D", "IDC", "Q_score", "Q_face"]
     lines = [f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name, runs in found.items():
+    for name, row in found.items():
         paper = ROWS[name].paper or ("",) * 5
-        cells = [*_spreads(list(runs.values())), *(str(value) for value in paper)]
+        cells = [*_spreads(list(row["runs"].values())), *(str(value) for value in paper)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from joyavatar_core import checkpoint
 from joyavatar_core.avatar import random_embedded
 from joyavatar_core.cli.evaluate import table
 from joyavatar_core.cli.main import build_parser, main
-from joyavatar_core.measures import spans
+from joyavatar_core.measures import measure, spans
 from joyavatar_core.measures.mouth_reader import MouthReader
 from joyavatar_core.policy import policy
 from joyavatar_core.training import drawn_sounds, drawn_suite
 from joyavatar_core.training.drawn import sample_clip
 from joyavatar_core.training.drawn_suite import DRIFTS, FIRST_SEED, TARGETS, Figure, Report, Subject, Suite, Target
 from joyavatar_core.training.speech import synthesize
+
+from .test_cli import write_sound
+from .test_measures_videos import talking, write_plain, write_raw
 
 SMALL = Suite(clips=2, seconds=2.0, long_seconds=4.0, compared=0.6, fit_clips=2, sizes=((64, 64), (64, 96)))
 
@@ -227,3 +233,92 @@ def test_command_reports_on_files_of_ones_own(
     assert "no checkpoint" in capsys.readouterr().err
     assert main(["evaluate", "--clips", "1", "--reader", str(path)]) == 2
     assert build_parser().parse_args(["evaluate", "--quick"]).quick
+
+
+# What can be known to be wrong before any work
+
+
+def write_growing(path: Path) -> Path:
+    """A video whose picture grows from 64 to 96 pixels on the way: its first frames can be read."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        larger = av.CodecContext.create("mpeg4", "w")
+        larger.width, larger.height, larger.pix_fmt, larger.time_base = 96, 96, "yuv420p", Fraction(1, 10)
+        packets = []
+        for coder in (stream.codec_context, larger):
+            frames = [
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(f), "rgb24") for f in talking(6, side=coder.width)
+            ]
+            packets += [packet for frame in (*frames, None) for packet in coder.encode(frame)]
+        for moment, packet in enumerate(packets):
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, moment, moment, Fraction(1, 10)
+            file.mux(packet)
+    return path
+
+
+def write_truth(folder: Path, kind: str) -> Path:
+    """A folder of recorded clips with this wrong about it."""
+    if kind != "missing":
+        folder.mkdir()
+    if kind not in ("missing", "empty"):
+        write_plain(folder / "a.mp4", talking(12))
+    if kind == "damaged":
+        (folder / "b.mp4").write_text("not a video at all")
+    elif kind == "one frame":
+        write_plain(folder / "b.mp4", talking(1))
+    elif kind == "grows":
+        write_growing(folder / "b.avi")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", ["truth: no such folder", "check the path"]),
+        ("empty", ["truth: has no video (.avi, ", "put one there"]),
+        ("damaged", ["truth: 1 of 2 files cannot be read (b.mp4)", "take them out", "not a video file"]),
+        ("one frame", ["1 of 2 files cannot be read (b.mp4)", "1 frame could be read, at least 2 are needed"]),
+        ("grows", ["1 of 2 files cannot be read (b.avi)", "changes its picture size on the way"]),
+    ],
+)
+def test_truth_that_cannot_be_read_is_refused_before_a_video_is_measured(
+    kind: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, truth, measured, real = write_plain(tmp_path / "v.mp4", talking(12)), tmp_path / "truth", [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda *given: measured.append(given) or real(*given))
+    assert main(["evaluate", str(video), "--truth", str(write_truth(truth, kind))]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("joyavatar: ") and not measured, said
+    assert all(word in said[0] for word in words), said
+
+
+def test_truth_that_can_be_read_is_measured_and_one_that_breaks_off_still_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, truth = write_plain(tmp_path / "v.mp4", talking(24)), write_truth(tmp_path / "truth", "good")
+    whole = write_raw(tmp_path / "whole.mkv", talking(24)).read_bytes()
+    (truth / "b.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    assert main(["evaluate", str(video), "--truth", str(truth), "--block-frames", "9,12", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["seam.on_truth"]["n"] == 2
+
+
+def write_pair(folder: Path, name: str) -> tuple[Path, Path]:
+    """A picture and a voice."""
+    Image.fromarray(talking(1)[0]).save(folder / f"{name}.png")
+    return folder / f"{name}.png", write_sound(folder / f"{name}.wav", 1.0)
+
+
+def test_pairs_that_cannot_be_read_are_named_before_a_video_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, out = tmp_path / "pairs", tmp_path / "out"
+    pairs.mkdir()
+    (_, _), (picture, _), (_, voice) = (write_pair(pairs, name) for name in ("ann", "bob", "cid"))
+    picture.write_bytes(picture.read_bytes()[:400])  # opens, and breaks off
+    voice.write_text("not a sound at all")
+    assert main(["evaluate", "--pairs", str(pairs), "--size", "64x64", "--out", str(out)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and not (out / "videos").exists(), said
+    assert f"{pairs}: 2 of 6 files cannot be read (bob.png, cid.wav)" in said[0]
+    assert "truncated or damaged" in said[0]

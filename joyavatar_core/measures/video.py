@@ -201,5 +201,7 @@ def files_in(folder: Path, endings: frozenset[str], what: str) -> list[Path]:
         raise MediaError(f"{folder}: no such folder; check the path")
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and ".part" not in p.suffixes)
     if not found:
-        raise MediaError(f"{folder}: has no {what} ({', '.join(sorted(endings))})")
+        raise MediaError(
+            f"{folder}: has no {what} ({', '.join(sorted(endings))}); put one there or name another folder"
+        )
     return found

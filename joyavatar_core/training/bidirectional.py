@@ -55,7 +55,7 @@ def sample_timesteps(generator: torch.Generator, batch: int, shift: float) -> Te
 
 
 def timestep_weights(model: JoyAvatarDiT, timesteps: Tensor) -> Tensor:
-    """Weights [B, 1, 1, 1] of a velocity's squared error at timesteps [B].
+    """Weights [B, F, 1, 1] of a velocity's squared error at timesteps [B, F].
 
     Where the model predicts clean latents its velocity is off by their error over sigma: below _EVEN the weight falls
     with sigma squared, or a few nearly clean clips would be all of the loss. 1 elsewhere.
@@ -63,7 +63,7 @@ def timestep_weights(model: JoyAvatarDiT, timesteps: Tensor) -> Tensor:
     weights = torch.ones_like(timesteps)
     if model.config.prediction == "x0":
         weights = (timesteps / _EVEN).clamp(max=1).square()
-    return weights[:, None, None, None]
+    return weights[..., None, None]
 
 
 def whole_clips(policy: RolloutPolicy, latents: int) -> Layout:
@@ -97,7 +97,7 @@ class Training(flow_matching.Training[Recipe]):
         """Of the velocity, weighted at mouth and eyes."""
         v = predict(self.model, batch)
         weights = loss_weights(batch, self.recipe.mouth, self.recipe.eyes, self.recipe.past)
-        weights = weights * timestep_weights(self.model, batch.timesteps[:, 0])
+        weights = weights * timestep_weights(self.model, batch.timesteps)
         return weighted_mean(squared_error(batch, v), weights)
 
     @torch.no_grad()

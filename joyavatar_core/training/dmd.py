@@ -146,7 +146,7 @@ def critic_loss(model: JoyAvatarDiT, made: Generated, timesteps: Tensor, noise: 
     each = timesteps[:, None].expand(-1, noise.shape[2])
     x_t = flow.add_noise(made.latents, noise, each)
     error = (velocity(model, x_t, each, made.given.inputs) - flow.velocity(made.latents, noise)).square().mean(dim=1)
-    return weighted_mean(error, made.given.weights * timestep_weights(model, timesteps))
+    return weighted_mean(error, made.given.weights * timestep_weights(model, each))
 
 
 # Clips for the scores

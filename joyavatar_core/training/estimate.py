@@ -501,7 +501,7 @@ def _supervised(
 ) -> Estimate:
     """One forward and backward of whole sequences."""
     total = _begin(stage, recipe)
-    causal = name == "ode" and stage.scale.sharded
+    causal = name in ("flow", "ode") and stage.scale.sharded
     cost = total.law().causal(latents, total.rules.block_latents) if causal else total.law().at(latents)
     cost *= total.batch(latents)
     total.keep(cost)
@@ -511,6 +511,8 @@ def _supervised(
 
 def _flow(stage: Stage, recipe: Any) -> Estimate:
     rules = policy(recipe.policy)
+    if stage.scale.sharded:
+        return _supervised(stage, recipe, stage.clip.latents, "flow")
     return _supervised(stage, recipe, rules.span_latents + rules.motion_frame, "flow", notes=["the longest sequences"])
 
 
@@ -521,7 +523,7 @@ def _bidirectional(stage: Stage, recipe: Any) -> Estimate:
 def _ode(stage: Stage, recipe: Any) -> Estimate:
     """Pairs first: every step of a trajectory is a forward of the teacher, two of them under guidance."""
     total, latents = _Sum(stage, recipe, policy(recipe.policy)), stage.clip.latents
-    before = recipe.pairs * recipe.ode_steps * (2 if stage.scale.sharded else 1) * total.frozen(latents)
+    before = recipe.pairs * recipe.ode_steps * (1 if recipe.guidance == 1 else 2) * total.frozen(latents)
     notes = [f"{recipe.pairs} pairs of {recipe.ode_steps} steps before, {before:.3g} FLOP"]
     return _supervised(stage, recipe, latents, "ode", before, notes)
 

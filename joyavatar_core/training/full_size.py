@@ -3,10 +3,11 @@
     torchrun --nproc-per-node 8 -m joyavatar_core.cli.main train bidirectional --config bidirectional-1.3b \
         --data SHARDS --initial wan_i2v_1.3b.safetensors --out DIR
 
-`bidirectional` starts from Wan2.1 image-to-video, whose audio and face branches may be missing. `ode` lets the teacher
-follow its flow from noise to clip (files in `pairs-*` of DIR, those there are skipped) and trains the generator, under
-a block-causal mask, to say from every level of PSB where the trajectory ends. `dmd` distils. Data is what
-`joyavatar prepare` wrote.
+`bidirectional` starts from Wan2.1 image-to-video, whose audio and face branches may be missing. `flow` trains such a
+model on under a block-causal mask, every block at a noise level of its own (diffusion forcing): a causal start without
+pairs. `ode` lets the teacher follow its flow from noise to clip (files in `pairs-*` of DIR, those there are skipped)
+and trains the generator, under that mask, to say from every level of PSB where the trajectory ends. `dmd` distils.
+Data is what `joyavatar prepare` wrote.
 
 Shape legend: B batch, C latent channels, F latent frames of a clip, h w latent size, L tokens, n levels of PSB.
 """
@@ -36,16 +37,23 @@ from ..config import MODELS
 from ..model import JoyAvatarDiT
 from ..policy import policy as policy_named
 from ..schedule import levels, warp
-from . import bidirectional, distributed, dmd, ode_regression, parallel, trainer
+from . import distributed, dmd, flow_matching, ode_regression, parallel, trainer
 from .batches import weighted_mean
-from .bidirectional import sample_timesteps
+from .bidirectional import sample_timesteps, timestep_weights
 from .inputs import Inputs, guided, velocity
 from .presets import Stage
-from .shards import BatchStream, ShardBatch, ShardIndex
+from .shards import BatchStream, Sample, ShardBatch, ShardIndex
 
 log = logging.getLogger(__name__)
 
-_GUIDANCE = 4.0  # of the trajectories: that of the distillation (Self-Forcing's 3, in the usual convention)
+_UNUSED = {
+    "bidirectional": (),
+    "flow": (),
+    "ode": ("flow_share", "voices", "lip_weight", "shut"),
+    "dmd": ("drop_audio", "guidance_elsewhere", "new_speech", "regression", "lip_weight", "shut"),
+}
+"""Values of the recipes that only the embedded model's trainers know, by stage, beside _NOWHERE."""
+_NOWHERE = ("tokens", "past", "held_out", "mixture", "framing", "first_clips", "told")
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ def dropped(inputs: Inputs, odds: float, generator: torch.Generator) -> Inputs:
     return replace(inputs, audio=drop(inputs.audio), text=drop(inputs.text), face=drop(inputs.face))
 
 
-# Bidirectional
+# Flow matching
 
 
 @dataclass(kw_only=True)
@@ -157,22 +165,36 @@ class OnShards(trainer.Training[trainer.RecipeT]):
 
 
 @dataclass(kw_only=True)
-class Bidirectional(OnShards[bidirectional.Recipe]):
-    """Flow matching of whole clips at one timestep each."""
+class FlowMatching(OnShards[flow_matching.Recipe]):
+    """Flow matching of clips of `latents`: in `parts` equal parts, each at a timestep of its own.
+
+    One part is the bidirectional model. Blocks as parts, each of which sees itself and earlier ones at their levels,
+    are diffusion forcing (Chen et al. 2024; Live Avatar 4.2, stage 1).
+    """
+
+    latents: int
+    parts: int = 1
 
     def step(self) -> dict[str, float]:
         _, own = self.draws()
-        given = self.source.at(self.steps, self.recipe.latents)
+        given = self.source.at(self.steps, self.latents)
         generator = torch.Generator().manual_seed(own.randrange(2**31))
         x0 = given.latents
-        timesteps = sample_timesteps(generator, len(x0), self.policy.shift)[:, None].expand(-1, x0.shape[2]).to(x0)
+        timesteps = self.timesteps(generator, len(x0)).to(x0)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         inputs = dropped(given.inputs, self.recipe.drop_audio, generator)
-        v = velocity(self.model, flow.add_noise(x0, noise, timesteps), timesteps, inputs)
-        loss = weighted_mean((v - flow.velocity(x0, noise)).square().mean(dim=1), given.weights)
+        mask = None if self.parts == 1 else torch.ones(self.parts, self.parts, dtype=torch.bool).tril()
+        v = velocity(self.model, flow.add_noise(x0, noise, timesteps), timesteps, inputs, mask)
+        weights = given.weights * timestep_weights(self.model, timesteps)
+        loss = weighted_mean((v - flow.velocity(x0, noise)).square().mean(dim=1), weights)
         loss.backward()
         norm = self.learner.update(self.recipe, self.rate_scale, self.steps)
         return {"loss": loss.item(), "norm": norm, "latents": float(_latents(x0))}
+
+    def timesteps(self, generator: torch.Generator, clips: int) -> Tensor:
+        """[clips, latents], the same within a part."""
+        drawn = sample_timesteps(generator, clips * self.parts, self.policy.shift).view(clips, self.parts)
+        return drawn.repeat_interleave(self.latents // self.parts, 1)
 
 
 def _latents(x: Tensor) -> int:
@@ -205,7 +227,7 @@ class Regression(OnShards[ode_regression.Recipe]):
         _, own = self.draws()
         samples = self.source.stream.samples_at(self.steps)
         given = self.source.given(self.source.stream.index.batch(samples), self.latents)
-        paths = [pair_path(self.pairs, sample.key) for sample in samples]
+        paths = [pair_path(self.pairs, sample) for sample in samples]
         states = torch.stack([checkpoint.read(path)[0]["states"] for path in paths]).to(
             given.latents
         )  # [B, n + 1, ...]
@@ -225,9 +247,20 @@ class Regression(OnShards[ode_regression.Recipe]):
         return {"loss": loss.item(), "norm": norm, "latents": float(_latents(end))}
 
 
-def pair_path(folder: Path, key: str) -> Path:
-    """Where the trajectory of a sample lies."""
-    return folder / f"{key}.safetensors"
+def pairs_folder(stage: Stage, recipe: ode_regression.Recipe, files: Files) -> Path:
+    """Where trajectories lie: another teacher, policy, length, number of steps or guidance has another place."""
+    made = 0
+    if not parallel.rank():  # the teacher's file may be large
+        teacher = [checkpoint.sha256_of(path) for path in files.teacher]
+        facts = f"{teacher} {policy_named(recipe.policy)} {stage.clip.latents} {recipe.ode_steps} {recipe.guidance}"
+        made = int(hashlib.sha256(facts.encode()).hexdigest()[:12], 16)  # 48 bits: a float64 holds them
+    return files.out / f"pairs-{int(parallel.agreed(made)):012x}"
+
+
+def pair_path(folder: Path, sample: Sample) -> Path:
+    """Where the trajectory of a sample lies. Prepared folders may have samples of one key: a video in two sizes."""
+    home = hashlib.sha256(str(sample.shard.parent.resolve()).encode()).hexdigest()[:8]
+    return folder / f"{sample.key}-{home}.safetensors"
 
 
 @torch.no_grad()
@@ -239,7 +272,7 @@ def make_pairs(teacher: JoyAvatarDiT, source: Source, folder: Path, recipe: ode_
     folder.mkdir(parents=True, exist_ok=True)
     samples = [sample for group in _first(source.stream.index, recipe.pairs).groups for sample in group]
     parallel.wait()
-    left = [sample for sample in samples if not pair_path(folder, sample.key).exists()]
+    left = [sample for sample in samples if not pair_path(folder, sample).exists()]
     parallel.wait()  # before anybody writes: all must see the same
     world, rank = parallel.world(), parallel.rank()
     for first in range(0, len(left), world):
@@ -247,7 +280,7 @@ def make_pairs(teacher: JoyAvatarDiT, source: Source, folder: Path, recipe: ode_
         given = source.given(source.stream.index.batch([sample]), count)
         states = trajectory(teacher, given, recipe, _seed(sample.key))
         if first + rank < len(left):
-            checkpoint.write(pair_path(folder, sample.key), {"states": states.half()}, {"key": sample.key})
+            checkpoint.write(pair_path(folder, sample), {"states": states.half()}, {"key": sample.key})
     parallel.wait()
 
 
@@ -266,7 +299,7 @@ def trajectory(teacher: JoyAvatarDiT, given: Given, recipe: ode_regression.Recip
         if i % every == 0:
             kept.append(x)
         at, after = (x.new_full((1, x.shape[2]), t) for t in (here, there))
-        x = flow.euler_step(x, guided(teacher, x, at, given.inputs, _GUIDANCE), at, after)
+        x = flow.euler_step(x, guided(teacher, x, at, given.inputs, recipe.guidance), at, after)
     return torch.cat([*kept, x])
 
 
@@ -296,11 +329,16 @@ class Distillation(dmd.Training):
 
 def run(name: str, stage: Stage, recipe: Any, files: Files, again: bool) -> None:
     """Train a stage to its end; with `again` from its newest state. ValueError, OSError for what cannot be used."""
-    stages = {"bidirectional": _bidirectional, "ode": _ode, "dmd": _dmd}
+    stages = {"bidirectional": _bidirectional, "flow": _flow, "ode": _ode, "dmd": _dmd}
     if name not in stages:
         raise ValueError(f"{name} is a stage of the embedded model alone: set sharded = false in its scale")
     if again and not distributed.states(files.out):
         raise ValueError(f"nothing to resume in {files.out}: start without --resume")
+    if not again and distributed.states(files.out):
+        raise ValueError(f"{files.out} holds a training: go on with --resume, or give another folder")
+    for value in (*_NOWHERE, *_UNUSED[name]):
+        if getattr(recipe, value, None) != getattr(type(recipe)(), value, None):
+            raise ValueError(f"{value} is for the trainers of the embedded model: leave it out of {name}.recipe")
     index, mesh = ShardIndex(files.data), distributed.join()
     files.out.mkdir(parents=True, exist_ok=True)
     stream = BatchStream(index, stage.clip.batch, recipe.seed, parallel.rank(), parallel.world())
@@ -342,9 +380,27 @@ def _shared(recipe: Any, files: Files, learner: distributed.ShardedLearner, sour
     return {"recipe": recipe, "out": files.out, "learner": learner, "policy": rules, "source": source}
 
 
-def _bidirectional(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> Bidirectional:
+def _bidirectional(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> FlowMatching:
+    if not files.initial:
+        log.warning("no --initial: the model begins with random weights")
     learner = _learner(stage, recipe, files.initial, mesh)
-    return Bidirectional(**_shared(recipe, files, learner, _source(stream, learner.model, recipe, mesh)))
+    shared = _shared(recipe, files, learner, _source(stream, learner.model, recipe, mesh))
+    return FlowMatching(**shared, latents=recipe.latents)
+
+
+def _flow(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> FlowMatching:
+    n = policy_named(recipe.policy).block_latents
+    if stage.clip.latents % n:
+        raise ValueError(f"clips of {stage.clip.latents} latents: must be a multiple of the {n} of a block")
+    learner = _learner(stage, recipe, _needed(files.initial), mesh, causal=True)
+    shared = _shared(recipe, files, learner, _source(stream, learner.model, recipe, mesh))
+    return FlowMatching(**shared, latents=stage.clip.latents, parts=stage.clip.latents // n)
+
+
+def _needed(initial: tuple[Path, ...]) -> tuple[Path, ...]:
+    if not initial:
+        raise ValueError("this stage goes on with a trained model: give its file with --initial")
+    return initial
 
 
 def _ode(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> Regression:
@@ -354,12 +410,12 @@ def _ode(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: Dev
         raise ValueError(f"ode_steps {recipe.ode_steps}: must be a multiple of 8, or the PSB levels are missed")
     if len(index) < recipe.pairs:
         raise ValueError(f"{recipe.pairs} pairs need as many samples, the shards have {len(index)}: prepare more")
-    folder = files.out / f"pairs-{stage.teacher}-{count}-{recipe.ode_steps}"
+    initial, folder = _needed(files.initial), pairs_folder(stage, recipe, files)
     teacher = _frozen(stage, files.teacher, mesh)
     make_pairs(teacher, _source(stream, teacher, recipe, mesh), folder, recipe, count)
     del teacher
     stream = BatchStream(_first(index, recipe.pairs), stage.clip.batch, recipe.seed, parallel.rank(), parallel.world())
-    learner = _learner(stage, recipe, files.initial, mesh, causal=True)
+    learner = _learner(stage, recipe, initial, mesh, causal=True)
     shared = _shared(recipe, files, learner, _source(stream, learner.model, recipe, mesh))
     return Regression(**shared, pairs=folder, latents=count)
 
@@ -367,7 +423,7 @@ def _ode(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: Dev
 def _dmd(stage: Stage, recipe: Any, files: Files, stream: BatchStream, mesh: DeviceMesh) -> Distillation:
     if files.autoencoder is None:
         raise ValueError("dmd encodes frames anew: give the autoencoder's file with --autoencoder")
-    learner = _learner(stage, recipe, files.initial, mesh)
+    learner = _learner(stage, recipe, _needed(files.initial), mesh)
     critic = _learner(stage, recipe, files.critic or files.initial, mesh, recipe.critic_rate)
     decoder = load_autoencoder(files.autoencoder).to(distributed.device_of(mesh)).requires_grad_(False)
     return Distillation(

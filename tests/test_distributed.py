@@ -249,15 +249,26 @@ def test_adapters_are_saved_as_the_node_reads_them(two: Path, stock: Path):
 # The stages of the full size
 
 SHALLOW = replace(FULL, layers=1)
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`SHALLOW` as the model "narrow"."""
+    monkeypatch.setitem(MODELS, "narrow", SHALLOW)
+
+
 NARROW: dict[str, Any] = {"model": "narrow", "scale": SCALE}
-SHORT: dict[str, Any] = {"optimiser": "adamw", "steps": 2, "warmup_steps": 1, "learning_rate": 1e-3}
+SHORT: dict[str, Any] = {
+    "optimiser": "adamw", "steps": 3, "save_steps": 1, "warmup_steps": 1, "learning_rate": 1e-3
+}  # fmt: skip
 ODDS = {"main": 0.5, "blocks": [3, 4]}
 
 
 def stages() -> dict[str, Stage]:
-    """Short ones, of a model "narrow"."""
+    """Short ones, of a model "narrow", the first by adapters."""
+    adapted = replace(SCALE, lora_rank=2, lora_alpha=4)
     return {
-        "bidirectional": Stage(**NARROW, recipe=SHORT | {"latents": 9, "drop_audio": 0.5}),
+        "bidirectional": Stage("narrow", scale=adapted, recipe=SHORT | {"latents": 9, "drop_audio": 0.5}),
         "flow": Stage(**NARROW, clip=Clip(latents=9), recipe=SHORT | {"drop_audio": 0.5}),
         "ode": Stage(**NARROW, teacher="narrow", clip=Clip(latents=9), recipe=SHORT | {"pairs": 2, "ode_steps": 8}),
         "dmd": Stage(**NARROW, teacher="narrow", recipe=SHORT | {"latents": 9, "critic_steps": 2, "odds": ODDS}),
@@ -294,33 +305,137 @@ def write_shards(folder: Path, count: int = 4, latents: int = 12) -> Path:
     return folder
 
 
-def run_stages(folder: Path, file: Path) -> None:
-    """All of them, as the command runs them."""
+def stop_and_go(folder: Path, file: Path) -> None:
+    """Three steps of each stage at a stretch, and with an end in the middle of the third, as the command runs them."""
     MODELS["narrow"] = SHALLOW
     data, decoder = folder / "shards", folder / "autoencoder.safetensors"
+    step = trainer.train_step
+
+    def halt(state: trainer.Training[Any]) -> dict[str, float]:
+        if state.steps == 2:
+            raise InterruptedError
+        return step(state)
+
     for name, stage in stages().items():
-        files = full_size.Files(folder / name, (data,), (file,), (file,), (), decoder)
-        full_size.run(name, stage, presets.recipe(name, stage), files, again=False)
+        recipe = presets.recipe(name, stage)
+        for way in ("straight", "stopped"):
+            files = full_size.Files(folder / f"{name}-{way}", (data,), (file,), (file,), (), decoder)
+            trainer.train_step = halt if way == "stopped" else step
+            try:
+                full_size.run(name, stage, recipe, files, again=False)
+            except InterruptedError:
+                trainer.train_step = step
+                full_size.run(name, stage, recipe, files, again=True)
 
 
-def test_the_stages_of_the_full_size_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Two steps of each in two processes: every branch has moved, and the files are models."""
-    monkeypatch.setitem(MODELS, "narrow", SHALLOW)
-    file = written_model(tmp_path / "start.safetensors", SHALLOW)
-    write_shards(tmp_path / "shards")
-    small_autoencoder(tmp_path / "autoencoder.safetensors")
-    finish(start(2, tmp_path, run_stages, tmp_path, file))
-    before = load_model(file).state_dict()
-    for name in stages():
-        model = load_model(tmp_path / name / "transformer.safetensors")
-        assert model.config == SHALLOW
-        still = [n for n, p in model.named_parameters() if torch.equal(p.detach(), before[n].bfloat16())]
-        assert not still, (name, still)
-    pairs = sorted((tmp_path / "ode").glob("pairs-*/*.safetensors"))
+@pytest.fixture(scope="module")
+def stopped_and_straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what two processes trained."""
+    folder = tmp_path_factory.mktemp("stages")
+    file = written_model(folder / "start.safetensors", SHALLOW)
+    write_shards(folder / "shards")
+    small_autoencoder(folder / "autoencoder.safetensors")
+    finish(start(2, folder, stop_and_go, folder, file))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "flow", "ode", "dmd"])
+def test_a_stage_of_the_full_size_runs_and_goes_on(stopped_and_straight: Path, name: str):
+    """What moves has moved, the file is a model, and a stop changes no byte: of generator, critic and adapters."""
+    straight, stopped = (stopped_and_straight / f"{name}-{way}" for way in ("straight", "stopped"))
+    before = load_model(stopped_and_straight / "start.safetensors").state_dict()
+    model = load_model(straight / "transformer.safetensors")
+    assert model.config == SHALLOW
+    still = [n for n, p in model.named_parameters() if torch.equal(p.detach(), before[n].bfloat16())]
+    if name == "bidirectional":  # by adapters
+        assert not any(n.startswith("blocks.0.self_attn.q.weight") for n in still)
+        assert tensors_alike(straight / "lora.safetensors", stopped / "lora.safetensors")
+    else:
+        assert not still
+    assert tensors_alike(straight / "transformer.safetensors", stopped / "transformer.safetensors")
+    assert [path.name for path in distributed.states(stopped)] == ["state-00000003"]
+
+
+def test_pairs_begin_with_noise(stopped_and_straight: Path):
+    pairs = sorted(stopped_and_straight.glob("ode-straight/pairs-*/*.safetensors"))
     assert len(pairs) == 2
     states = checkpoint.read(pairs[0])[0]["states"]
     assert states.shape == (9, 16, 9, 4, 4) and states.dtype == torch.float16
-    assert abs(float(states[0].float().std()) - 1) < 0.1, "noise first"
+    assert abs(float(states[0].float().std()) - 1) < 0.1
+
+
+def tensors_alike(one: Path, other: Path) -> bool:
+    """Whether two files hold the same tensors."""
+    ours, theirs = (checkpoint.read(path)[0] for path in (one, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_what_would_be_lost_or_ignored_is_refused(tmp_path: Path):
+    """A second run in a folder, values that only the embedded trainers know, no weights, no branches to hear with."""
+    data, file = write_shards(tmp_path / "shards"), written_model(tmp_path / "start.safetensors", SHALLOW)
+
+    def run(name: str, more: dict[str, Any] | None = None, **files: Any) -> None:
+        stage = stages()[name]
+        stage = replace(stage, recipe=stage.recipe | (more or {}))
+        given = {"out": tmp_path / name, "data": (data,), "initial": (file,), "teacher": (file,), **files}
+        full_size.run(name, stage, presets.recipe(name, stage), full_size.Files(**given), again=False)
+
+    (tmp_path / "flow" / "state-00000002").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a training: go on with --resume, or give another folder"):
+        run("flow")
+    for name, value in (("ode", {"flow_share": 0.5}), ("dmd", {"regression": 0.5}), ("bidirectional", {"tokens": 64})):
+        with pytest.raises(ValueError, match=f"{next(iter(value))} is for the trainers of the embedded model"):
+            run(name, value)
+    for name in ("ode", "dmd"):
+        with pytest.raises(ValueError, match="give its file with --initial"):
+            run(name, initial=(), autoencoder=small_autoencoder(tmp_path / "autoencoder.safetensors"))
+    deaf = {n: t for n, t in checkpoint.read(file)[0].items() if ".processor." not in n}
+    checkpoint.write(tmp_path / "deaf.safetensors", deaf, {})
+    with pytest.raises(checkpoint.CheckpointError, match="a frozen model needs all its branches"):
+        run("ode", teacher=(tmp_path / "deaf.safetensors",))
+    assert not list(tmp_path.glob("ode/pairs-*/*"))
+
+
+def test_pairs_belong_to_teacher_guidance_and_folder(tmp_path: Path):
+    """Nothing that others made is taken for one's own."""
+    one, other = (written_model(tmp_path / f"{n}.safetensors", replace(SHALLOW, layers=n)) for n in (1, 2))
+    stage = stages()["ode"]
+    recipe = presets.recipe("ode", stage)
+
+    def place(teacher: Path = one, **values: Any) -> Path:
+        files = full_size.Files(tmp_path, (), teacher=(teacher,))
+        return full_size.pairs_folder(stage, replace(recipe, **values), files)
+
+    assert place() == place()
+    assert len({place(), place(other), place(guidance=3.0), place(ode_steps=16)}) == 4
+    samples = [ShardIndex([write_shards(tmp_path / name, count=1)]).groups[0][0] for name in ("a", "b")]
+    assert samples[0].key == samples[1].key
+    assert len({full_size.pair_path(tmp_path, sample) for sample in samples}) == 2
+
+
+def test_diffusion_forcing_gives_every_block_a_level_of_its_own(tmp_path: Path, file: Path):
+    """Which earlier blocks do not see, and no later ones are seen from."""
+    model = load_model(file, attention=full_size.block_causal)
+    model.compute = torch.float32
+    index = ShardIndex([write_shards(tmp_path / "shards")])
+    source = full_size.Source(BatchStream(index, 2), model, torch.device("cpu"), 1.0, 1.0)
+    recipe = presets.recipe("flow", stages()["flow"])
+    learner, rules = trainer.learner(model, recipe), policy("joyavatar-flash")
+    state = full_size.FlowMatching(
+        recipe=recipe, out=tmp_path, learner=learner, policy=rules, source=source, latents=9, parts=3
+    )
+    drawn = state.timesteps(torch.Generator().manual_seed(0), 50)
+    assert drawn.shape == (50, 9) and torch.equal(drawn[:, ::3].repeat_interleave(3, 1), drawn)
+    assert len(drawn.unique()) > 120 and drawn.min() >= 20 and drawn.max() <= 980
+    given = source.at(0, 9)
+    x, mask = torch.randn(2, 16, 9, 4, 4), torch.ones(3, 3, dtype=torch.bool).tril()
+    with torch.no_grad():
+        said = velocity(model, x, drawn[:2], given.inputs, mask)
+        x[:, :, 3:6] += 1
+        again = velocity(model, x, drawn[:2], given.inputs, mask)
+    assert torch.equal(said[:, :, :3], again[:, :, :3]) and not torch.allclose(said[:, :, 6:], again[:, :, 6:])
+    whole = replace(state, parts=1).timesteps(torch.Generator().manual_seed(0), 50)
+    assert torch.equal(whole, whole[:, :1].expand(-1, 9)) and len(whole.unique()) > 40
 
 
 def test_a_mask_of_blocks_is_a_mask_of_tokens():

@@ -87,7 +87,7 @@ def build(
 
     Args:
         files: read as one, see `checkpoint.read_merged`; none: weights drawn from the seed. What an audio-driven model
-            has more than Wan2.1 may be missing: it is drawn, and silent at first.
+            has more than Wan2.1 may be missing of one in training: it is drawn, and silent at first.
         trained: False for a frozen score, which keeps `scale.compute` in place of float32.
 
     Raises:
@@ -98,6 +98,9 @@ def build(
         model = JoyAvatarDiT(config, attention=attention, compute=compute)
     places = _places(files)
     missing = _missing(model, places, files)
+    if missing and not trained:
+        names, some = ", ".join(path.name for path in files), ", ".join(sorted(missing)[:3])
+        raise checkpoint.CheckpointError(f"{names}: a frozen model needs all its branches, {some} are missing")
     if scale.lora_rank and trained:
         add_adapters(model, scale, also=missing)
     model.requires_grad_(False) if not trained else None

@@ -1,23 +1,26 @@
-"""`joyavatar train`: presets, files that change them, dry runs, one plain line for what is wrong, and a whole run."""
+"""`joyavatar train`: presets, files that change them, dry runs, one plain line for what is wrong, a whole run, bars."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from joyavatar_core.avatar import load_model
 from joyavatar_core.cli import main as command_line
 from joyavatar_core.cli import train
-from joyavatar_core.training import presets
+from joyavatar_core.training import common, presets, trainer
 from joyavatar_core.training.presets import PRESETS, Preset, Scale, Stage
 
-from .small_training import add_small_preset, drawn_clips, small_autoencoder
+from .small_training import add_small_preset, drawn_clips, small_autoencoder, small_training
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -195,3 +198,48 @@ def test_the_embedded_stages_run_from_the_command(run: Run, tmp_path: Path, monk
     assert run(*words, "--autoencoder", decoder, "--resume", "--steps", "4")[0] == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "curve.jsonl").read_text().splitlines()]
     assert max(steps) == 4 and load_model(tmp_path / "out" / "transformer.safetensors").config.dim == 32
+
+
+# Curves and bars
+
+
+def test_figures_go_to_tensorboard_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    written: list[tuple[str, str, float, int]] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((self.folder, name, value, step))
+
+        def flush(self) -> None:
+            pass
+
+    board = SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    for name in ("with", "without"):
+        (tmp_path / name).mkdir()
+    common.record(tmp_path / "with" / "curve.jsonl", {"step": 3, "loss": 0.5, "what": "words"})
+    assert written == [(str(tmp_path / "with" / "tensorboard"), "loss", 0.5, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    common.record(tmp_path / "without" / "curve.jsonl", {"step": 4, "loss": 0.25})
+    assert len(written) == 1 and (tmp_path / "without" / "curve.jsonl").read_text() == '{"step": 4, "loss": 0.25}\n'
+
+
+@pytest.mark.parametrize(("terminal", "steps"), [(True, 4), (True, None), (False, 4)])
+def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool, steps: int | None):
+    add_small_preset(monkeypatch)
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", shown)
+    state = small_training(tmp_path)
+    state.recipe = replace(state.recipe, steps=steps, minutes=1.0)
+    with trainer.Curve(state) as curve:
+        for _ in range(2):
+            curve.note({"latents": 1.0, "loss": 0.0})
+            state.steps += 1
+            curve.last -= 15
+            curve.tick()
+        assert curve.bar.n == ((2 if steps else 30) if terminal else 0)
+    assert bool(shown.getvalue()) == terminal

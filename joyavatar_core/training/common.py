@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Full
@@ -29,10 +30,26 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: quick to about one
 
 
 def record(path: Path, line: Mapping[str, object]) -> None:
-    """Append one line of JSON to a curve, and to the log."""
+    """Append one line of JSON to a curve, and to the log; its figures to TensorBoard, where that is installed."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     log.info("%s", " ".join(f"{key} {value}" for key, value in line.items()))
+    step, board = line["step"], _board(path.parent)
+    if board and isinstance(step, int):
+        for name, value in line.items():
+            if name != "step" and isinstance(value, (int, float)):
+                board.add_scalar(name, value, step)
+        board.flush()
+
+
+@lru_cache
+def _board(folder: Path) -> Any:
+    """Writer of event files in a folder of their own; None without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def training_dtype() -> torch.dtype:

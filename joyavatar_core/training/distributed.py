@@ -543,10 +543,10 @@ def save(state: trainer.Training) -> None:
 
 def loop(state: trainer.Training) -> None:
     """Train until the steps, or the time, of the recipe are spent; saves every save_steps and at the end."""
-    curve = trainer.Curve(state)
-    while state.progress < 1:
-        curve.note(trainer.train_step(state))
-        curve.tick()
-        if state.recipe.save_steps and state.steps % state.recipe.save_steps == 0 and state.progress < 1:
-            save(state)
+    with trainer.Curve(state) as curve:
+        while state.progress < 1:
+            curve.note(trainer.train_step(state))
+            curve.tick()
+            if state.recipe.save_steps and state.steps % state.recipe.save_steps == 0 and state.progress < 1:
+                save(state)
     save(state)

@@ -23,6 +23,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .. import checkpoint
 from ..model import JoyAvatarDiT
@@ -351,7 +352,10 @@ class Clock:
 
 @dataclass
 class Curve:
-    """Means of what steps were like, every `every` steps a line in curve.jsonl; and the clock of the training."""
+    """Means of what steps were like, every `every` steps a line in curve.jsonl; and the clock of the training.
+
+    In a terminal process 0 draws a bar: of steps where the recipe counts them, else of seconds.
+    """
 
     state: Training
     every: int = 20
@@ -359,6 +363,18 @@ class Curve:
 
     def __post_init__(self) -> None:
         self.last, self.since = time.monotonic(), self.state.spent
+        steps, hidden = self.state.recipe.steps, bool(parallel.rank()) or None  # None: where there is no terminal
+        total, unit = (60 * self.state.recipe.minutes, "s") if steps is None else (steps, "step")
+        self.bar = tqdm(total=total, unit=unit, initial=self._done(), disable=hidden, dynamic_ncols=True, leave=False)
+
+    def __enter__(self) -> Curve:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def _done(self) -> int:
+        return round(self.state.spent) if self.state.recipe.steps is None else self.state.steps
 
     def note(self, figures: Mapping[str, float]) -> None:
         """Of the step just made."""
@@ -375,6 +391,7 @@ class Curve:
         now = time.monotonic()
         self.state.spent = parallel.agreed(self.state.spent + min(now - self.last, _LONGEST_STEP))
         self.last = now
+        self.bar.update(self._done() - self.bar.n)
 
 
 def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], log_steps: int = 20) -> None:
@@ -383,17 +400,17 @@ def loop(state: Training, show: preview.Preview, refresh: Callable[[], None], lo
     Saving and measuring count as time spent.
     """
     saving, measuring, showing = Clock(150, state.spent), Clock(300, state.spent), Clock(600, state.spent)
-    curve = Curve(state, log_steps)
-    while state.progress < 1:
-        curve.note(train_step(state))
-        measure, write, draw = (clock.due(state.spent) for clock in (measuring, saving, showing))
-        if state.recipe.save_steps is not None:
-            write = state.steps % state.recipe.save_steps == 0
-        if measure:
-            refresh()
-        if not parallel.rank():
-            _look(state, show, measure, write, draw)
-        curve.tick()
+    with Curve(state, log_steps) as curve:
+        while state.progress < 1:
+            curve.note(train_step(state))
+            measure, write, draw = (clock.due(state.spent) for clock in (measuring, saving, showing))
+            if state.recipe.save_steps is not None:
+                write = state.steps % state.recipe.save_steps == 0
+            if measure:
+                refresh()
+            if not parallel.rank():
+                _look(state, show, measure, write, draw)
+            curve.tick()
 
 
 def _look(state: Training, show: preview.Preview, measure: bool, write: bool, draw: bool) -> None:

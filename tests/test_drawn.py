@@ -457,6 +457,52 @@ def test_a_rehearsal_teaches_the_decoder_only(tmp_path: Path) -> None:
     assert moved == {"decoder"} and losses[-1] < losses[0]
 
 
+def test_batches_are_functions_of_their_number(tmp_path: Path) -> None:
+    """Wherever one begins; the pool grows to its size and is renewed."""
+    clip = clips.write_clip(tmp_path, 7, 29, (64, 64))
+    own = tmp_path / "own-x" / clip.name
+    own.parent.mkdir()
+    checkpoint.write(own, {"own": torch.randn(8, 16, 4, 4).half()}, {})
+    recipe = trainer.Recipe(size=32, crop=32, pool=5, renewed=1, batches=((5, 2), (4, 3)), rehearsed=(4, 2))
+    for rehearsals in ((), (own,)):
+        straight = list(itertools.islice(data.batches(recipe, 3, rehearsals), 9))
+        for first in (1, 5, 8):
+            again = itertools.islice(data.batches(recipe, 3, rehearsals, first), 9 - first)
+            for one, other in zip(straight[first:], again, strict=True):
+                assert np.array_equal(one.video, other.video) and np.array_equal(one.boxes, other.boxes)
+                assert (one.latents is None) == (other.latents is None)
+        assert not np.array_equal(straight[0].video, next(data.batches(recipe, 4, rehearsals)).video)
+    made: list[int] = []
+    latest = data.Latest(lambda number: made.append(number) or number, 3)
+    assert [latest.before(end) for end in (2, 3, 5)] == [[0, 1], [0, 1, 2], [2, 3, 4]] and made == [0, 1, 2, 3, 4]
+    assert data.Latest(int, 3).before(5) == [2, 3, 4]
+
+
+def test_killed_at_any_step_the_autoencoder_reaches_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = trainer.Recipe(size=32, crop=32, pool=2, batches=((5, 1), (9, 1)), steps=5, save_steps=1)
+    monkeypatch.setattr(trainer, "held_out", lambda recipe: [])
+    monkeypatch.setattr(trainer, "_measure", lambda state, samples: ((0.0,) * 16, (1.0,) * 16))
+    monkeypatch.setattr(trainer, "_final_statistics", lambda state: ((0.0,) * 16, (1.0,) * 16))
+    trainer.train(recipe, tmp_path / "straight")
+    step = trainer._one_step
+
+    def halt(state, queue):
+        if state.steps == 3:
+            raise InterruptedError
+        return step(state, queue)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(trainer, "_one_step", halt)
+        with pytest.raises(InterruptedError):
+            trainer.train(recipe, tmp_path / "stopped")
+    trainer.train(recipe, tmp_path / "stopped", resume=True)
+    one, other = (checkpoint.read(tmp_path / way / "train.safetensors") for way in ("straight", "stopped"))
+    assert one[0].keys() == other[0].keys() and all(torch.equal(one[0][n], other[0][n]) for n in one[0])
+    assert one[1]["steps"] == other[1]["steps"] == "5" and any(n.startswith("optimiser.1.") for n in one[0])
+
+
 def test_steps_on_rehearsals_come_in_turn(tmp_path: Path) -> None:
     clip = clips.write_clip(tmp_path, 7, 29, (64, 64))
     with pytest.raises(ValueError, match="no clips"):

@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Literal, get_args
@@ -50,7 +51,7 @@ from .liveliness import liveliness_error
 log = logging.getLogger(__name__)
 
 _SPARE_FRAMES = 3  # drawn beyond the longest step's, so that one drawing gives several time slices
-_OPTIONS = ("minutes", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
+_OPTIONS = ("minutes", "steps", "seed", "size", "crop", "learning_rate", "learns", "near_weight")
 _LOGGED: tuple[str, ...] = ("loss", "latent", "moved", "norm")
 _USUAL_MOUTH = 32.0  # pixels: root of its area in a picture of 256
 _COARSE = 8  # pixels: how exactly what a transformer made is to be where the truth is
@@ -64,6 +65,8 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation o
 class Recipe:
     """All that decides a training, beside the machine.
 
+    minutes: length by the clock; steps: length in steps instead: a run is then the same however often it is stopped,
+    on one machine; save_steps: steps between saved states, None: two minutes.
     size: full picture; crop: side of the training crops; batches: (frames, clips) of the kinds of step, in turn;
     noise: range of the deviation of the noise added to latents; latent_penalty: pull to zero mean and unit variance;
     regions: weight of the error in the boxes of mouth, eyes and face, 1 elsewhere; small_mouths: how much more small
@@ -77,6 +80,8 @@ class Recipe:
     model: str = "tiny"
     seed: int = 0
     minutes: float = 45.0
+    steps: int | None = None
+    save_steps: int | None = None
     size: int = 256
     crop: int = 128
     batches: tuple[tuple[int, int], ...] = ((9, 6), (5, 9))
@@ -105,8 +110,10 @@ class Recipe:
         step = AUTOENCODERS[self.model].spatial
         if self.crop % step or self.size % step or self.crop > self.size:
             raise ValueError(f"crop {self.crop} and size {self.size} must be multiples of {step}, crop not above size")
-        if self.minutes <= 0:
-            raise ValueError(f"minutes {self.minutes} must be positive")
+        for name in ("minutes", "steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} must be positive")
         if self.learns not in get_args(Part):
             raise ValueError(f"learns {self.learns!r}: one of {', '.join(get_args(Part))}")
 
@@ -139,13 +146,16 @@ def region_weights(
     return (out / out.mean()).unsqueeze(1)
 
 
-def reconstruct(model: LightAutoencoder, video: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    model: LightAutoencoder, video: Tensor, noise: float = 0.0, seed: tuple[int, int] = (0, 0)
+) -> tuple[Tensor, Tensor]:
     """video [B, 3, T, H, W] -> its reconstruction, not clamped (a clamp has no gradient outside), and the latents.
 
-    `noise` is the deviation of the Gaussian noise put on the latents before decoding.
+    `noise` is the deviation of the Gaussian noise put on the latents before decoding, and `seed` decides it.
     """
     latents = model.encode(video)
-    noisy = latents + noise * torch.randn_like(latents)
+    drawn = np.random.default_rng((*seed, 4)).standard_normal(latents.shape, np.float32)
+    noisy = latents + noise * torch.from_numpy(drawn).to(latents)
     return model.decode_unclamped(noisy)[0].float(), latents.float()
 
 
@@ -331,7 +341,6 @@ class _Training:
     matrices: dict[str, nn.Parameter]
     spent: float = 0.0
     steps: int = 0
-    session_steps: int = 0
     figures: dict[str, float] | None = None
     before: LightAutoencoder | None = None  # whose latents the new ones are to stay near
 
@@ -343,6 +352,8 @@ class _Training:
 
     @property
     def progress(self) -> float:
+        if self.recipe.steps is not None:
+            return min(1.0, self.steps / self.recipe.steps)
         return min(1.0, self.spent / (60 * self.recipe.minutes))
 
 
@@ -353,7 +364,7 @@ def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
     if batch.latents is None:
         weights = region_weights(boxes, height, width, recipe.regions, recipe.small_mouths)
         with autocast():
-            made, latents = reconstruct(state.model, video, noise)
+            made, latents = reconstruct(state.model, video, noise, (recipe.seed, state.steps))
         picture = picture_loss(recipe, made, video, weights)
         spread, moved = latent_loss(latents), _moved(state, video, latents)
     else:
@@ -366,10 +377,9 @@ def _step(state: _Training, batch: Batch, noise: float) -> dict[str, float]:
     (picture + recipe.latent_penalty * spread + recipe.near_weight * moved).backward()
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_norm)
     if torch.isfinite(norm):
-        rate = recipe.learning_rate * rate_scale(state.session_steps, recipe.warmup_steps, state.progress)
+        rate = recipe.learning_rate * rate_scale(state.steps, recipe.warmup_steps, state.progress)
         _apply(state, rate)
     state.steps += 1
-    state.session_steps += 1
     _update_average(state)
     figures = (picture, spread, moved, norm)
     return {name: figure.item() for name, figure in zip(_LOGGED, figures, strict=True)}
@@ -455,7 +465,7 @@ def _checkpoint(state: _Training, statistics: Statistics) -> None:
     }
     both = {f"model.{k}": v for k, v in state.model.state_dict().items()}
     both |= {f"average.{k}": v for k, v in state.average.state_dict().items()}
-    checkpoint.write(state.out / "train.safetensors", both, _strings(notes))
+    checkpoint.write(state.out / "train.safetensors", both | _moments(state), _strings(notes))
     mean, deviation = state.statistics or statistics
     config = replace(state.average.config, latent_mean=mean, latent_std=deviation)
     save_model(state.out / "autoencoder.safetensors", state.average, config, notes)
@@ -467,7 +477,7 @@ def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None =
     else:
         model, average = (LightAutoencoder(AUTOENCODERS[recipe.model]) for _ in range(2))
     model, average = (m.to(memory_format=torch.channels_last) for m in (model, average))  # type: ignore[call-overload]
-    if not source:
+    if first and not source:
         initialise(model, first, recipe.seed)
         average.load_state_dict(model.state_dict())
     average.requires_grad_(False)
@@ -479,11 +489,27 @@ def _begin(recipe: Recipe, out: Path, first: list[Tensor], source: Path | None =
     return _Training(recipe, out, model, average, (adam, muon), views, before=before)
 
 
+def _moments(state: _Training) -> dict[str, Tensor]:
+    """What the optimisers know of each parameter, by their numbers."""
+    return {
+        f"optimiser.{i}.{number}.{what}": torch.as_tensor(value)
+        for i, optimiser in enumerate(state.optimisers)
+        for number, known in optimiser.state_dict()["state"].items()
+        for what, value in known.items()
+    }
+
+
 def _resume(state: _Training) -> None:
-    """Weights, average and time spent from train.safetensors; the optimiser's moments start anew."""
+    """Weights, average, what the optimisers know and time spent from train.safetensors."""
     tensors, notes = checkpoint.read(state.out / "train.safetensors")
     for prefix, model in (("model.", state.model), ("average.", state.average)):
         model.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    known: tuple[dict[int, dict[str, Tensor]], ...] = tuple({} for _ in state.optimisers)
+    for name in (n for n in tensors if n.startswith("optimiser.")):
+        _, i, number, what = name.split(".")
+        known[int(i)].setdefault(int(number), {})[what] = tensors[name]
+    for optimiser, of in zip(state.optimisers, known, strict=True):
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": of})
     state.steps, state.spent = int(notes["steps"]), float(notes["spent"])
     log.info("resumed at step %d, %.1f minutes spent", state.steps, state.spent / 60)
 
@@ -525,19 +551,20 @@ class _Threads:
 
 def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
     """Train until the budget is spent; measure every five minutes, save every two, log every fifty steps."""
-    rng = np.random.default_rng((state.recipe.seed, state.steps))
-    threads = _Threads(torch.get_num_threads())
-    torch.set_num_threads(1)
+    threads = None if state.recipe.steps else _Threads(torch.get_num_threads())  # sums differ with their number
+    if threads:
+        torch.set_num_threads(1)
     statistics = _measure(state, samples)
     measured = saved = state.spent
     last = time.monotonic()
     frames, since, sums = 0.0, state.spent, dict.fromkeys(_LOGGED, 0.0)
     while state.progress < 1:
-        figures = _one_step(state, queue, rng)
+        figures = _one_step(state, queue)
         frames += figures["frames"]
         sums = {key: sums[key] + figures[key] / 50 for key in sums}
         now = time.monotonic()
-        threads.note(figures["seconds"] / figures["frames"], now)
+        if threads:
+            threads.note(figures["seconds"] / figures["frames"], now)
         state.spent, last = state.spent + now - last, now
         if state.steps % 50 == 0:
             rate = round(frames / max(state.spent - since, 1e-9), 1)
@@ -549,12 +576,14 @@ def _loop(state: _Training, queue: Queue, samples: list[Sample]) -> None:
             frames, since, sums = 0.0, state.spent, dict.fromkeys(sums, 0.0)
         if state.spent - measured > 300 or (measured < 60 < state.spent):
             statistics, measured = _measure(state, samples), state.spent
-        if state.spent - saved > 120:
+        every = state.recipe.save_steps
+        if state.steps % every == 0 if every else state.spent - saved > 120:
             _checkpoint(state, statistics)
             saved = state.spent
 
 
-def _one_step(state: _Training, queue: Queue, rng: np.random.Generator) -> dict[str, float]:
+def _one_step(state: _Training, queue: Queue) -> dict[str, float]:
+    rng = np.random.default_rng((state.recipe.seed, state.steps))
     batch: Batch = queue.get(timeout=300)
     begun = time.monotonic()
     figures = _step(state, batch, float(rng.uniform(*state.recipe.noise)))
@@ -572,7 +601,7 @@ def _final_statistics(state: _Training) -> Statistics:
 def train(
     recipe: Recipe, out: Path, resume: bool = False, source: Path | None = None, rehearsals: Path | None = None
 ) -> dict[str, float]:
-    """Train for recipe.minutes of wall-clock time (all sessions together) and leave the model in `out`.
+    """Train for recipe.minutes of wall-clock time, or recipe.steps (all sessions together); the model is left in `out`.
 
     With a finished autoencoder as `source`, what of it recipe.learns is trained further, with a folder of rehearsals
     on these too.
@@ -583,13 +612,12 @@ def train(
         raise ValueError("rehearsals teach the decoder, and only the encoder is to learn: leave one of them out")
     out.mkdir(parents=True, exist_ok=True)
     samples = held_out(recipe)
-    seed = recipe.seed + int(time.time() if resume else 0)
     paths = list_clips(rehearsals) if rehearsals else ()
-    with beside(partial(batches, recipe, seed, paths), most=6) as queue:
-        first = [as_video(torch.from_numpy(queue.get(timeout=300).video)) for _ in range(4)]
-        state = _begin(recipe, out, first, source)
-        if resume:
-            _resume(state)
+    first = () if source or resume else islice(batches(recipe, recipe.seed), 4)
+    state = _begin(recipe, out, [as_video(torch.from_numpy(batch.video)) for batch in first], source)
+    if resume:
+        _resume(state)
+    with beside(partial(batches, recipe, recipe.seed, paths, state.steps), most=6) as queue:
         _loop(state, queue, samples)
     _measure(state, samples)
     _checkpoint(state, state.statistics or _final_statistics(state))
@@ -601,6 +629,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the light autoencoder on drawn clips.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float)
+    parser.add_argument("--steps", type=int, help="length in steps, in place of minutes")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--size", type=int)
     parser.add_argument("--crop", type=int)

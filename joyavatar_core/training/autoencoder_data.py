@@ -6,12 +6,13 @@ Shape legend: B clips of a step, T pixel frames, C latent channels, F latents, H
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ KINDS = ("drawn", "photo", "texture")
 HELD_OUT_KINDS = ("drawn",) * 8 + ("photo",) * 2 + ("texture",) * 2
 _KIND_ODDS = (0.77, 0.15, 0.08)
 _FACE_FPS = Fraction(16)
+_AT_FIRST = 24  # clips of the pool that the first step finds; it grows to its size
 _KEPT = 40  # rehearsals that steps are cut from; one is read anew for each
 
 Boxes = NDArray[np.float32]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,28 +106,45 @@ def cut(rng: np.random.Generator, sample: Sample, frames: int, crop: int) -> Sam
     return Sample(video, boxes)
 
 
-def batches(recipe: Recipe, seed: int, rehearsals: Sequence[Path] = ()) -> Iterator[Batch]:
-    """Endless batches, of drawn clips in turn of all the recipe's kinds and of rehearsals, where there are any.
+@dataclass
+class Latest(Generic[T]):
+    """The last `most` of an endless row of things, each a function of its number."""
+
+    make: Callable[[int], T]
+    most: int
+    kept: dict[int, T] = field(default_factory=dict)
+
+    def before(self, end: int) -> list[T]:
+        """Those with the highest numbers below `end`; such as are not at hand are made."""
+        wanted = range(max(0, end - self.most), end)
+        self.kept = {n: self.kept[n] if n in self.kept else self.make(n) for n in wanted}
+        return list(self.kept.values())
+
+
+def batches(recipe: Recipe, seed: int, rehearsals: Sequence[Path] = (), first: int = 0) -> Iterator[Batch]:
+    """Endless batches from the number `first` on, each a function of seed and number: of drawn clips in turn of all the
+    recipe's kinds and of rehearsals, where there are any.
 
     Every batch renews some clips of the pool, so drawing costs the same however large the batch is.
     """
-    rng = np.random.default_rng(seed)
-    pool = [_fresh(rng, recipe) for _ in range(min(24, recipe.pool))]
-    made = rehearsed(rng, recipe, rehearsals) if rehearsals else None
-    turn = 0
-    while True:
-        for frames, clips in recipe.batches:
-            cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
-            yield Batch(np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts]))
-            for _ in range(recipe.renewed):
-                pool[turn % recipe.pool : turn % recipe.pool + 1] = [_fresh(rng, recipe)]
-                turn = turn + 1 if len(pool) == recipe.pool else len(pool)
-        if made:
-            yield next(made)
+    kinds = len(recipe.batches)
+    drawn = Latest(partial(_fresh, recipe, seed), recipe.pool)
+    read = Latest(partial(_read, seed, rehearsals), _KEPT)
+    for number in count(first):
+        rng = np.random.default_rng((seed, number, 1))
+        turn, kind = divmod(number, kinds + bool(rehearsals))
+        if kind == kinds:
+            yield _rehearsed(rng, recipe, read.before(recipe.rehearsed[1] + turn))
+            continue
+        frames, clips = recipe.batches[kind]
+        pool = drawn.before(min(_AT_FIRST, recipe.pool) + recipe.renewed * (kinds * turn + kind))
+        cuts = [cut(rng, pool[i], frames, recipe.crop) for i in rng.integers(len(pool), size=clips)]
+        yield Batch(np.stack([c.video for c in cuts]), np.stack([c.boxes for c in cuts]))
 
 
-def _fresh(rng: np.random.Generator, recipe: Recipe) -> Sample:
+def _fresh(recipe: Recipe, seed: int, number: int) -> Sample:
     """A new clip, at full size or (four of ten) between 3/4 and 3/2 of it."""
+    rng = np.random.default_rng((seed, number, 2))
     scale = rng.uniform(0.75, 1.5) if rng.random() < 0.4 else 1.0
     size = max(recipe.crop, round(recipe.size * scale))
     return make_sample(int(rng.integers(HELD_OUT_SEED)), KINDS[rng.choice(3, p=_KIND_ODDS)], size, recipe.clip_frames)
@@ -146,18 +166,16 @@ class Rehearsed(NamedTuple):
     latents: NDArray[np.float16]
 
 
-def rehearsed(rng: np.random.Generator, recipe: Recipe, paths: Sequence[Path]) -> Iterator[Batch]:
-    """Endless batches of rehearsals, whose folder lies beside their clips (`rehearsal.RehearsalStore`)."""
-    kept: list[Rehearsed] = []
+def _rehearsed(rng: np.random.Generator, recipe: Recipe, kept: Sequence[Rehearsed]) -> Batch:
+    """A batch of rehearsals."""
     latents, clips = recipe.rehearsed
-    for turn in count():
-        for _ in range(clips if not kept else 1):
-            kept[turn % _KEPT : turn % _KEPT + 1] = [_read(paths[int(rng.integers(len(paths)))])]
-        cuts = [cut_rehearsed(rng, kept[i], latents, recipe.crop) for i in rng.integers(len(kept), size=clips)]
-        yield Batch(*(np.stack(part) for part in zip(*cuts, strict=True)))
+    cuts = [cut_rehearsed(rng, kept[i], latents, recipe.crop) for i in rng.integers(len(kept), size=clips)]
+    return Batch(*(np.stack(part) for part in zip(*cuts, strict=True)))
 
 
-def _read(path: Path) -> Rehearsed:
+def _read(seed: int, paths: Sequence[Path], number: int) -> Rehearsed:
+    """One of the rehearsals, whose folder lies beside their clips (`rehearsal.RehearsalStore`)."""
+    path = paths[int(np.random.default_rng((seed, number, 3)).integers(len(paths)))]
     clip = read_clip(path.parent.parent / path.name)
     own = checkpoint.read(path)[0]["own"]
     return Rehearsed(clip.video.numpy(), clip.boxes.numpy(), own.numpy())

@@ -622,7 +622,7 @@ def _autoencoder(stage: Stage, recipe: Any) -> Estimate:
         stage="autoencoder",
         model=recipe.model,
         processes=1,
-        steps=None,
+        steps=recipe.steps,
         parameters=numbers,
         trained=numbers,
         memory={**dict.fromkeys(("weights", "gradients", "average"), 4 * numbers), "activations": times * activations},

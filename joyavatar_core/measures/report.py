@@ -87,8 +87,8 @@ def _against(videos: Sequence[Measured], truth: Truth) -> dict[str, Interval]:
     if truth.seam and made:
         found["seam.on_truth"] = statistics.mean_interval(truth.seam)
         below = found["seam.on_truth"].mean
-        # the truth is what it is: the interval is over the videos that are judged
-        found["seam.ratio"] = statistics.mean_interval([value / below for value in made])
+        if below > 0:  # the interval is over the videos that are judged: the truth is what it is
+            found["seam.ratio"] = statistics.mean_interval([value / below for value in made])
     for name, true, own in (
         ("FID", truth.pictures, [one.pictures for one in videos if one.pictures is not None]),
         ("FVD", truth.clips, [one.clips for one in videos if one.clips is not None]),

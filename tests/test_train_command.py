@@ -195,6 +195,8 @@ def test_the_embedded_stages_run_from_the_command(run: Run, tmp_path: Path, monk
     words = ("flow", "--config", config, "--data", data, "--out", tmp_path / "out", "--threads", "1")
     decoder = small_autoencoder(tmp_path / "autoencoder.safetensors")
     assert run(*words, "--autoencoder", decoder)[0] == 0
+    status, _, said = run(*words, "--autoencoder", decoder, "--steps", "4")
+    assert status and "holds a training: go on with --resume, or give another folder" in said
     assert run(*words, "--autoencoder", decoder, "--resume", "--steps", "4")[0] == 0
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "curve.jsonl").read_text().splitlines()]
     assert max(steps) == 4 and load_model(tmp_path / "out" / "transformer.safetensors").config.dim == 32

@@ -96,6 +96,8 @@ def _embedded(name: str, stage: Stage, options: argparse.Namespace, rest: list[s
     saved = "train.safetensors" if name == "autoencoder" else "train.pt"
     if options.resume and not (options.out / saved).exists():
         raise ValueError(f"nothing to resume in {options.out}: start without --resume")
+    if not options.resume and (options.out / saved).exists():
+        raise ValueError(f"{options.out} holds a training: go on with --resume, or give another folder")
     import_module(f"..training.{MODULES[name]}", __package__).main(words + ["--resume"] * options.resume)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,31 @@ def test_a_long_rollout_is_cut_to_what_the_scores_know(files: tuple[Path, Path])
 
 
 # Training
+
+
+@pytest.mark.parametrize(("critic", "generator"), [(3, 1), (1, 3), (1, 1)])
+def test_one_learns_more_often_than_the_other(tmp_path: Path, files: tuple[Path, Path], critic: int, generator: int):
+    """The rarer one at every third step, from the first on."""
+    state = distillation(tmp_path, files, critic_steps=critic, generator_steps=generator, odds=Odds(blocks=(7, 7)))
+    seen = {name: [weights_of(learner)] for name, learner in state.learners().items()}
+    for _ in range(4):
+        assert {"loss", "norm", "latents"} <= trainer.train_step(state).keys()
+        for name, learner in state.learners().items():
+            seen[name].append(weights_of(learner))
+    for name, every in (("generator", critic), ("critic", generator)):
+        moved = [not torch.equal(one, other) for one, other in pairwise(seen[name])]
+        assert moved == [step % every == 0 for step in range(4)], name
+
+
+def weights_of(learner: trainer.Learner) -> Tensor:
+    """All that it trains, in one row."""
+    return torch.cat([p.detach().float().flatten() for p in learner.weights.master.values()])
+
+
+def test_only_one_of_two_may_be_the_rarer():
+    for counts in ({"critic_steps": 2, "generator_steps": 2}, {"critic_steps": 1, "generator_steps": 0}):
+        with pytest.raises(ValueError, match="one must be 1"):
+            dmd.Recipe(**counts)
 
 
 @pytest.mark.parametrize("odds", [Odds(main=1), Odds(main=0)], ids=["main", "auxiliary"])

@@ -50,7 +50,8 @@ class Recipe(flow_matching.Recipe):
     """The recipe of the distillation.
 
     learning_rate, critic_rate: of generator and critic (paper: 2e-6 and 4e-7 at 64 clips a step).
-    critic_steps: steps of the critic for each of the generator.
+    critic_steps: steps of the critic for each of the generator (Self-Forcing: 5); generator_steps: the reverse, as the
+    paper words it. One of the two is 1.
     guidance: how far the real score goes from deaf to hearing, 1: not beyond (Self-Forcing's 3 in this convention: 4).
     guidance_elsewhere: the same away from the mouth, if not None: what guidance does for lips it overdoes for lids.
     latents: what the scores see of a rollout: its last latents. odds: of the kinds of rollouts.
@@ -69,6 +70,7 @@ class Recipe(flow_matching.Recipe):
     betas: tuple[float, float] = (0.0, 0.999)
     average: float = 0.99
     critic_steps: int = 5
+    generator_steps: int = 1
     guidance: float = 4.0
     guidance_elsewhere: float | None = None
     latents: int = 21
@@ -83,8 +85,11 @@ class Recipe(flow_matching.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.critic_steps < 1:
-            raise ValueError(f"critic_steps {self.critic_steps}: must be at least 1")
+        counts = self.critic_steps, self.generator_steps
+        if min(counts) != 1:
+            raise ValueError(
+                "critic_steps {} and generator_steps {}: one must be 1, the other at least 1".format(*counts)
+            )
 
 
 @dataclass(frozen=True)
@@ -191,22 +196,28 @@ class Training(flow_matching.Training[Recipe]):
         return {"generator": self.learner, "critic": self.critic}
 
     def step(self) -> dict[str, float]:
-        """One step of the critic, before it one of the generator where it is due, on the same clips.
+        """A step of the generator where it is due, then one of the critic where that is due, on the same clips.
 
-        A judge of lips moves the generator at every step. loss: the critic's. norm, distance: gradient of the
-        generator, and what it is made of, mean |fake - real| in shares of the distance to the real score's clean
-        latents; of the last step it had. lips: the judge's loss.
+        A judge of lips moves the generator at every step. Figures are of the last step of each. loss: the critic's.
+        norm, distance: gradient of the generator, and what it is made of, mean |fake - real| in shares of the distance
+        to the real score's clean latents. lips: the judge's loss.
         """
         due = self.steps % self.recipe.critic_steps == 0
         if due or self.judge:
             made = self._teach_generator(due)
         else:
             (made,) = self._rollouts(gradient=False)
+        if self.steps % self.recipe.generator_steps == 0:
+            self._teach_critic(made)
+        latents = made.latents.shape[0] * made.latents.shape[2] * parallel.world()
+        return {"latents": float(latents), **self.figures}
+
+    def _teach_critic(self, made: Generated) -> None:
+        """The critic learns what the generator makes now."""
         loss = critic_loss(self.critic.model, made, *self._noise(made, "critic"))
         loss.backward()
         self.critic.update(self.recipe, self.rate_scale, self.steps)
-        latents = made.latents.shape[0] * made.latents.shape[2] * parallel.world()
-        return {"loss": loss.item(), "latents": float(latents), **self.figures}
+        self.figures["loss"] = loss.item()
 
     def _teach_generator(self, scored: bool = True) -> Generated:
         """The generator moves along the difference of the scores, and as the judge of lips says; what it made, without

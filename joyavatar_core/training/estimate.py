@@ -529,7 +529,7 @@ def _ode(stage: Stage, recipe: Any) -> Estimate:
 
 
 def _dmd(stage: Stage, recipe: Any) -> Estimate:
-    """The mean of a step: a rollout, the critic's step, and every critic_steps-th time the generator's."""
+    """The mean of a step: a rollout, the critic's step and the generator's, each as often as the recipe says."""
     total, teacher = _begin(stage, recipe), stage.teacher or stage.model
     total.learn("critic ")
     total.freeze(teacher, "teacher ")
@@ -542,7 +542,7 @@ def _dmd(stage: Stage, recipe: Any) -> Estimate:
         "rollout": rollout,
         "generator's gradient": learning // recipe.critic_steps,
         "scores": scores // recipe.critic_steps,
-        "critic": critic.training(stage.scale),
+        "critic": critic.training(stage.scale) // recipe.generator_steps,
     }
     total.keep(critic)
     least, most = recipe.odds.blocks

@@ -37,7 +37,7 @@ from .encoded import EncodedClips
 log = logging.getLogger(__name__)
 
 SEEDS = (0, 1, 2)
-_FIT_CLIPS = 2  # of the loudness predictor, which no column asks for
+_UNASKED: dict[str, Any] = {"fit_clips": 2, "compared": 1.0}  # loudness predictor, autoencoder: no column asks for them
 
 COLUMNS: dict[str, str] = {
     "sync.correlation": "mouth against sound, up",
@@ -222,9 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.command == "measure":
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-        suite = Suite(
-            clips=options.clips, long_clips=options.long_clips, long_seconds=options.seconds, fit_clips=_FIT_CLIPS
-        )
+        suite = Suite(options.clips, long_clips=options.long_clips, long_seconds=options.seconds, **_UNASKED)
         measure(options.out, options.autoencoder, suite, workers=options.workers)
     else:
         _, recipe = trainer.parse(parser, dmd.Recipe, arguments)

@@ -23,7 +23,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import checkpoint
 from ..model import JoyAvatarDiT
@@ -362,6 +361,8 @@ class Curve:
     sums: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        from tqdm import tqdm
+
         self.last, self.since = time.monotonic(), self.state.spent
         steps, hidden = self.state.recipe.steps, bool(parallel.rank()) or None  # None: where there is no terminal
         total, unit = (60 * self.state.recipe.minutes, "s") if steps is None else (steps, "step")

@@ -418,7 +418,8 @@ class JoyAvatarDiT(nn.Module):
     def audio(self, tokens: Tensor, valid: Tensor | None = None, manner: Tensor | None = None) -> AudioKV:
         """Front-end tokens [B, F, W, C], valid [F, W] or [B, F, W] -> keys and values: computed once per block.
 
-        manner [B, F, T, K]: what is drawn beside what is heard, for models that are told it (`AudioConfig.limits`).
+        manner [B, F, T, K]: what is drawn beside what is heard; models that are not told it (`AudioConfig.limits`) do
+        without.
 
         Packed audio ("added") gives one [B, F, 1, D] for each of `config.audio_layers` instead.
         """
@@ -426,6 +427,7 @@ class JoyAvatarDiT(nn.Module):
             packed = self.audio_proj(tokens).unsqueeze(2)
             return AudioKV(tuple((project(packed),) for project in self.audio_cond_projs), None)
         if self.config.audio and self.config.audio.kind == "window":
+            manner = manner if self.config.audio.takes_manner else None
             return self.audio_of(self.proj_model(tokens, manner))  # the projector has mixed the tokens: all are valid
         return self.audio_of(self.proj_model(tokens), valid)
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from ..avatar import ASSETS, EMBEDDED_FILES, Avatar, assemble_embedded, load_light_autoencoder, load_model
 from ..checkpoint import read
 from ..measures.mouth_reader import load_mouth_reader
-from ..measures.readable import check_readable
-from ..measures.video import ENDINGS, SOUNDS, files_in, read_sound
+from ..measures.video import SOUNDS, files_in, read_sound
 from .options import dtype_of, policy_of
 
 if TYPE_CHECKING:
@@ -30,18 +29,8 @@ def run(args: argparse.Namespace) -> int:
     if args.video or args.pairs:
         from . import evaluate_videos
 
-        pairs = evaluate_videos.pairs_in(Path(args.pairs)) if args.pairs else []
-        truth = files_in(Path(args.truth), ENDINGS, "video") if args.truth else []
-        _check_files([file for pair in pairs for file in pair], truth)
         return evaluate_videos.run(args)
     return _run_suite(args)
-
-
-def _check_files(*folders: list[Path]) -> None:
-    """Raises MediaError for a file that cannot be read, before videos are made and measured that rest on it."""
-    for files in filter(None, folders):
-        with _bar(len(files), "file") as bar:
-            check_readable(files, bar.update)
 
 
 def _run_suite(args: argparse.Namespace) -> int:
@@ -115,7 +104,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, f"{report.about['seconds']:.0f} s: {shares}"])
 
 
-def _bar(total: int, unit: str = "clip") -> Any:
+def _bar(total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, unit="clip", disable=None, dynamic_ncols=True)

@@ -18,6 +18,7 @@ from ..measures import plots
 from ..measures.face import given_face
 from ..measures.measure import Measured, Options
 from ..measures.mouth_reader import load_mouth_reader
+from ..measures.readable import check_readable
 from ..measures.report import TABLE_1, Report, collect
 from ..measures.statistics import Interval
 from ..measures.truth import Truth, measure_truth
@@ -32,6 +33,7 @@ _PASSED_ON = ("policy", "rope_limit", "sink_blocks", "local_blocks", "kv_level",
 def run(args: argparse.Namespace) -> int:
     """Measure `args.video`, or the videos made of `args.pairs`."""
     options = _options(args)
+    _check_files(args)
     if args.pairs:
         with _made(args) as (videos, speeds):
             report = _measured(args, options, videos)
@@ -60,6 +62,15 @@ def _options(args: argparse.Namespace) -> Options:
         Blocks.parse(args.block_frames) if args.block_frames else None,
         given_face(args.face) if args.face else None,
     )
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises MediaError for a file that cannot be read, before videos are made and measured that rest on it."""
+    pairs = pairs_in(Path(args.pairs)) if args.pairs else []
+    truth = files_in(Path(args.truth), ENDINGS, "video") if args.truth else []
+    for files in filter(None, ([file for pair in pairs for file in pair], truth)):
+        with _bar(len(files), "file") as bar:
+            check_readable(files, bar.update)
 
 
 def _measured(args: argparse.Namespace, options: Options, videos: list[Path]) -> Report:
@@ -187,7 +198,7 @@ def table_1(figures: dict[str, Interval]) -> Iterable[str]:
     return ("| " + " | ".join(TABLE_1) + " |", "|---" * len(TABLE_1) + "|", "| " + " | ".join(cells) + " |")
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int, unit: str = "video") -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="video", disable=None, dynamic_ncols=True)
+    return tqdm(total=total, unit=unit, disable=None, dynamic_ncols=True)

@@ -81,6 +81,7 @@ def stage_parser(stage: str) -> argparse.ArgumentParser:
 
 def _embedded(name: str, stage: Stage, options: argparse.Namespace, rest: list[str]) -> int:
     """The stage's own trainer, with the options it shares with the full size and all others as they are."""
+    from ..training.common import check_start
     from ..training.presets import MODULES, values
 
     words = ["--out", str(options.out), "--recipe", json.dumps(values(name, stage)), *rest]
@@ -94,10 +95,7 @@ def _embedded(name: str, stage: Stage, options: argparse.Namespace, rest: list[s
         if value := getattr(options, option):
             words += [f"--{option}", _present(option, value)]
     saved = "train.safetensors" if name == "autoencoder" else "train.pt"
-    if options.resume and not (options.out / saved).exists():
-        raise ValueError(f"nothing to resume in {options.out}: start without --resume")
-    if not options.resume and (options.out / saved).exists():
-        raise ValueError(f"{options.out} holds a training: go on with --resume, or give another folder")
+    check_start(options.out, (options.out / saved).exists(), options.resume)
     import_module(f"..training.{MODULES[name]}", __package__).main(words + ["--resume"] * options.resume)
     return 0
 

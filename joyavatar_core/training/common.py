@@ -29,6 +29,14 @@ log = logging.getLogger(__name__)
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Muon's quintic: quick to about one, never exactly
 
 
+def check_start(out: Path, begun: bool, again: bool) -> None:
+    """Refuse, by ValueError, to go on where no training was begun, and to begin anew where one was."""
+    if again and not begun:
+        raise ValueError(f"nothing to resume in {out}: start without --resume")
+    if begun and not again:
+        raise ValueError(f"{out} holds a training: go on with --resume, or give another folder")
+
+
 def record(path: Path, line: Mapping[str, object]) -> None:
     """Append one line of JSON to a curve, and to the log; its figures to TensorBoard, where that is installed."""
     with open(path, "a", encoding="utf-8") as file:

@@ -85,10 +85,10 @@ class Recipe(flow_matching.Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = self.critic_steps, self.generator_steps
-        if min(counts) != 1:
+        critic, generator = self.critic_steps, self.generator_steps
+        if min(critic, generator) != 1:
             raise ValueError(
-                "critic_steps {} and generator_steps {}: one must be 1, the other at least 1".format(*counts)
+                f"critic_steps {critic} and generator_steps {generator}: one must be 1, the other at least 1"
             )
 
 
@@ -102,14 +102,11 @@ class Given:
 
     def last(self, count: int, channels: ImageChannels, still: int) -> Given:
         """Of the last `count` latents, under other image channels; the first `still` of them without gradient."""
-        cut, inputs = self.weights.shape[1] - count, self.inputs
-        audio = None if inputs.audio is None else inputs.audio[:, cut:]
-        valid = None if inputs.valid is None else inputs.valid[cut:]
-        manner = None if inputs.manner is None else inputs.manner[:, cut:]
+        cut = self.weights.shape[1] - count
         weights = self.weights[:, cut:].clone()
         weights[:, :still] = 0
         lips = None if self.lips is None else self.lips.part(cut)
-        return Given(replace(inputs, channels=channels, audio=audio, valid=valid, manner=manner), weights, lips)
+        return Given(replace(self.inputs.part(slice(cut, None)), channels=channels), weights, lips)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from ..schedule import levels, warp
 from . import distributed, dmd, flow_matching, ode_regression, parallel, trainer
 from .batches import weighted_mean
 from .bidirectional import sample_timesteps, timestep_weights
+from .common import check_start
 from .inputs import Inputs, guided, velocity
 from .presets import Stage
 from .shards import BatchStream, Sample, ShardBatch, ShardIndex
@@ -332,10 +333,7 @@ def run(name: str, stage: Stage, recipe: Any, files: Files, again: bool) -> None
     stages = {"bidirectional": _bidirectional, "flow": _flow, "ode": _ode, "dmd": _dmd}
     if name not in stages:
         raise ValueError(f"{name} is a stage of the embedded model alone: set sharded = false in its scale")
-    if again and not distributed.states(files.out):
-        raise ValueError(f"nothing to resume in {files.out}: start without --resume")
-    if not again and distributed.states(files.out):
-        raise ValueError(f"{files.out} holds a training: go on with --resume, or give another folder")
+    check_start(files.out, bool(distributed.states(files.out)), again)
     for value in (*_NOWHERE, *_UNUSED[name]):
         if getattr(recipe, value, None) != getattr(type(recipe)(), value, None):
             raise ValueError(f"{value} is for the trainers of the embedded model: leave it out of {name}.recipe")

@@ -51,6 +51,13 @@ class Inputs:
         text, image, face = (t if t is None else t.to(like.device, dtype) for t in (self.text, self.picture, self.face))
         return Condition(model.condition(text=text, image=image, face=face), self.channels)
 
+    def part(self, latents: slice) -> Inputs:
+        """What belongs to single latents, of some of them; all else as it is."""
+        audio = None if self.audio is None else self.audio[:, latents]
+        valid = None if self.valid is None else self.valid[latents]
+        manner = None if self.manner is None else self.manner[:, latents]
+        return replace(self, audio=audio, valid=valid, manner=manner)
+
     def untold(self) -> Inputs:
         """The same without what guidance goes away from: zeros for the sound, the negative prompt for the prompt."""
         return replace(
@@ -61,11 +68,9 @@ class Inputs:
 
 
 def hear(model: JoyAvatarDiT, audio: Tensor, manner: Tensor | None, valid: Tensor | None = None) -> AudioKV:
-    """Keys and values of front-end tokens [B, F, W, C] and, for a model that takes it, of manner [B, F, T, K]."""
-    like, config = next(model.parameters()), model.config.audio
+    """Keys and values of front-end tokens [B, F, W, C] and manner [B, F, T, K], which may lie on a CPU."""
+    like = next(model.parameters())
     dtype = model.compute or like.dtype
-    if config is None or not config.takes_manner:
-        manner = None
     return model.audio(audio.to(dtype), valid, None if manner is None else manner.to(like.device, dtype))
 
 
@@ -74,10 +79,9 @@ def velocity(model: JoyAvatarDiT, x_t: Tensor, timesteps: Tensor, inputs: Inputs
     condition, frames = inputs.condition(model), x_t.shape[2]
     x = x_t if condition.image is None else torch.cat([x_t, condition.image.at(range(frames)).to(x_t)], dim=1)
     audio = None
-    if inputs.audio is not None:
-        valid = None if inputs.valid is None else inputs.valid[:frames]
-        manner = None if inputs.manner is None else inputs.manner[:, :frames]
-        audio = hear(model, inputs.audio[:, :frames], manner, valid)
+    heard = inputs.part(slice(frames))
+    if heard.audio is not None:
+        audio = hear(model, heard.audio, heard.manner, heard.valid)
     return model(x, timesteps, range(frames), condition.kv, audio, None, mask)[0]
 
 

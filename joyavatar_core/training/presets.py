@@ -7,8 +7,7 @@ latents, AdamW with betas 0.9 and 0.999, 2e-6 for the generator and 4e-7 for the
 Self-Forcing and CausVid (guidance, average, clipping, 3000 steps of ODE regression with two pairs a GPU),
 FantasyTalking (the bidirectional models: 100,000 steps at 1e-4, conditions dropped one time in ten), Live Avatar (the
 14B model by adapters of rank 128, and diffusion forcing, `flow`: 25,000 steps at 1e-5). The mouth counts more in the
-bidirectional models alone. Pixels and frame rate are ours: Wan2.1's rate, the size of the
-engine note's figures.
+bidirectional models alone. Pixels and frame rate are ours: Wan2.1's rate, the size of the engine note's figures.
 
 A file, TOML or JSON, begins from a preset and changes single values:
 
@@ -142,25 +141,16 @@ class Preset:
 _FULL_CLIP = Clip(512, 512, 16, latents=21)
 _ON_64 = Scale(processes=64, sharded=True, checkpointing=True, average_on_cpu=True)
 _ADAMW = {"optimiser": "adamw", "betas": [0.9, 0.999], "weight_decay": 0.01, "floor": 1.0}
+_FLOW = {
+    **_ADAMW, "save_steps": 1000, "warmup_steps": 1000, "clip_norm": 1.0, "average": 0.9999, "drop_audio": 0.1
+}  # fmt: skip
+_EVEN = {"mouth": 1.0, "eyes": 1.0}  # weights of the loss there
 _BIDIRECTIONAL = Stage(
     model="flash-1.3b",
     clip=_FULL_CLIP,
     scale=_ON_64,
-    recipe={
-        **_ADAMW,
-        "steps": 100_000,
-        "save_steps": 1000,
-        "learning_rate": 1e-4,
-        "warmup_steps": 1000,
-        "clip_norm": 1.0,
-        "average": 0.9999,
-        "latents": 21,
-        "drop_audio": 0.1,
-    },
+    recipe={**_FLOW, "steps": 100_000, "learning_rate": 1e-4, "latents": 21},
 )
-
-_DIFFUSION = {name: value for name, value in _BIDIRECTIONAL.recipe.items() if name != "latents"}
-_EVEN = {"mouth": 1.0, "eyes": 1.0}
 
 PRESETS: dict[str, Preset] = {
     "tiny": Preset(
@@ -183,7 +173,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "flash-1.3b": Preset(
         name="flash-1.3b",
-        flow=replace(_BIDIRECTIONAL, recipe={**_DIFFUSION, "steps": 25_000, "learning_rate": 1e-5, **_EVEN}),
+        flow=replace(_BIDIRECTIONAL, recipe={**_FLOW, "steps": 25_000, "learning_rate": 1e-5, **_EVEN}),
         ode=Stage(
             model="flash-1.3b",
             teacher="teacher-14b",

@@ -336,12 +336,11 @@ class SelfForcing(Rollout):
         live = torch.is_grad_enabled()
         if block in state.audio_kv and not live:
             return state.audio_kv[block]
-        audio, valid, n = self.inputs.audio, self.inputs.valid, self.policy.block_latents
-        assert audio is not None
-        part = slice(block * n, (block + 1) * n)
-        heard = None if valid is None or bool(valid[part].all()) else valid[part].to(self.device)
-        manner = None if self.inputs.manner is None else self.inputs.manner[:, part]
-        kv = hear(self.model, audio[:, part].to(self.device, self.dtype), manner, heard)
+        n = self.policy.block_latents
+        inputs = self.inputs.part(slice(block * n, (block + 1) * n))
+        assert inputs.audio is not None
+        valid = None if inputs.valid is None or bool(inputs.valid.all()) else inputs.valid.to(self.device)
+        kv = hear(self.model, inputs.audio.to(self.device, self.dtype), inputs.manner, valid)
         if not live:
             state.audio_kv[block] = kv
         return kv

@@ -102,7 +102,7 @@ class Trace(Rollout):
 
     def _manner(self, block: int) -> Tensor | None:
         """That of the clip, which whoever learns from the trajectory is told too."""
-        if self.manner is None or self.model.config.audio is None or not self.model.config.audio.takes_manner:
+        if self.manner is None:
             return None
         latents = self.geometry.latents_of_block(block)
         return self.manner[None, latents.start : latents.stop].to(self.device, self.dtype)
@@ -226,6 +226,7 @@ class PairStore:
     @property
     def home(self) -> Path:
         """Where they lie."""
+        # the last words: earlier trajectories were told another manner than their clips'
         key = f"{self.teacher_hash} {self.policy} {self.ode_steps} {self.guidance} told their manner"
         return self.folder / f"pairs-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
